@@ -48,6 +48,7 @@ def run(command: ExportCommand) -> None:
     """Write it, and say how large it is and how close to the model."""
     how = {"weights": command.weights, "standard": command.standard, "tokenizer": command.tokenizer}
     file, nbytes, off = export(command.source, command.to, command.out, **how)  # type: ignore[arg-type]
-    close = f"{off:.1e} from torch's, relative" if off is not None else "not checked: no C could be compiled here"
-    say(f"{file}: {decimal(nbytes)}; the next token's logits are {close}")
+    checked = off is not None
+    close = f"differ from torch's by {off:.1e} (relative)" if checked else "were not checked: no C compiler works here"
+    say(f"{file}: {decimal(nbytes)}; the next token's logits {close}")
     say(f"next: {NEXT[command.to].format(file=shlex.quote(str(file)), out=shlex.quote(str(command.out)))}")

@@ -385,7 +385,7 @@ def test_a_quantization_of_no_whole_numbers(how, refused):
 def test_a_quantised_model_is_not_trained_on(refused):
     save_model("small", quantize(build(retnet(vocab_size=257, dim=16, layers=1, heads=2)), 8), ByteTokenizer())
     argv = ["train", "--data", "data", "--out", "new", "--init", "small", "--steps", "2", "--length", "16"]
-    refused(argv, "small is quantised and cannot be trained: name what it was quantised from")
+    refused(argv, "small is quantised and cannot be trained: name the model that it was quantised from")
 
 
 def test_without_memory(refused, monkeypatch):

@@ -80,7 +80,7 @@ def break_line() -> None:
 
 
 REFUSED = {
-    "no-data": (lambda: None, ["--tasks", "piqa"], "--data is needed: the folder of piqa"),
+    "no-data": (lambda: None, ["--tasks", "piqa"], "--data is needed: the folder that holds piqa.jsonl"),
     "unknown-task-without-data": (lambda: None, ["--tasks", "nonsense"], "unknown task 'nonsense', expected some of"),
     "unknown-task": (lambda: None, ["--tasks", "piqa,mmlu", "--data", "data"], "unknown task 'mmlu', expected some of"),
     "passkey-too": (lambda: None, ["--tasks", "mmlu", "--data", "data"], "gov_report, passkey with --contexts, or"),

@@ -68,7 +68,15 @@ def test_a_docstring_of_several_lines_is_one_paragraph():
 
 def test_help_names_shipped_models_and_all_targets_of_export(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "2000")
-    for verb in ("generate", "chat", "serve", "eval", "export", "quantize", "convert", "info", "sft"):
+    for verb in (
+        "generate",
+        "chat",
+        "serve",
+        "eval",
+        "export",
+        "convert",
+        "info",
+    ):  # not quantised again, nor trained
         assert all(f"shipped model {name}" in helped([verb], capsys) for name in shipped()), verb
     said = VERBS["export"][1].lower()
     names = {"onnx": "onnx", "native": "c sources", "browser": "web page"}

@@ -29,7 +29,7 @@ def test_debug_shows_where_an_error_came_from(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("RETENTIVE_DEBUG", raising=False)
     with pytest.raises(SystemExit) as stop:
         main(["generate", "nowhere"])
-    assert stop.value.code == 2 and capsys.readouterr().err.startswith("retentive: no model folder at nowhere; ")
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("retentive: no model folder at nowhere: ")
     monkeypatch.setenv("RETENTIVE_DEBUG", "1")
     with pytest.raises(FileNotFoundError):
         main(["generate", "nowhere"])

@@ -40,7 +40,7 @@ def test_a_model_and_its_folder_give_the_same_as_the_scorers(run):
 
 
 REFUSED = {
-    "no-data": (dict(tasks="piqa"), "`data` is needed: the folder of piqa"),
+    "no-data": (dict(tasks="piqa"), "`data` is needed: the folder that holds piqa.jsonl"),
     "shots-by-context": (dict(tasks="perplexity", contexts=[30], shots=1), "leave out `shots`"),
     "contexts-in-lm-eval": (dict(tasks="piqa", contexts=[30], lm_eval=True), "leave them out with `lm_eval`"),
     "a-window-of-nothing": (dict(tasks="piqa", data="data", window=0), "`window=0`: must be at least 2"),

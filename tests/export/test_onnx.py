@@ -268,7 +268,7 @@ def place(tmp_path, monkeypatch):
 
 def test_the_command_and_a_process_without_torch(place, capsys):
     main(["export", "run", "--to", "onnx", "--out", "made"])
-    assert "the next token's logits are off by " in capsys.readouterr().err
+    assert "the next token's logits differ from torch's by " in capsys.readouterr().err
     assert sorted(file.name for file in (place / "made").iterdir()) == ["model.onnx", "tokenizer.json"]
     main(["generate", "run", "--prompt", "It", "--temperature", "0", "--max-tokens", "20"])
     want = capsys.readouterr().out
@@ -304,7 +304,7 @@ def test_models_that_attend_by_the_command(name, place, capsys):
     main(["generate", "attends", *ask])
     want = capsys.readouterr().out
     main(["export", "attends", "--to", "onnx", "--out", "made"])
-    assert "the next token's logits are off by " in capsys.readouterr().err
+    assert "the next token's logits differ from torch's by " in capsys.readouterr().err
     main(["generate", "made/model.onnx", *ask])
     assert capsys.readouterr().out == want
 
