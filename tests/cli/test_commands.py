@@ -389,6 +389,8 @@ def test_a_run_goes_on_where_its_data_were_moved(place, train):
 def test_bench_writes_what_it_measured(argv, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("retentive.machine.gemm_rate", lambda *_, **__: 1e12)
+    monkeypatch.setattr("retentive.machine.read_rate", lambda *_: 1e10)
+    monkeypatch.setattr("retentive.machine.numbers", lambda device, *_: torch.ones(64, 4096, device=device))
     monkeypatch.setitem(PRESETS, "1m", Size(dict(dim=16, layers=1, heads=2)))
     out = tmp_path / "results" / "bench.json"
     main([*argv.split(), "--size", "1m", "--vocab-size", "31", "--json", str(out)])

@@ -52,8 +52,8 @@ UNEVEN = [(33, 224, 96), (40, 256, 240), (17, 250, 48), (16, 512, 144)]
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """`built(name)`: the harness for an instruction set, compiled once; skips sets that this CPU lacks."""
+def built(once):
+    """`built(name)`: the harness for an instruction set, compiled once for all workers; other sets are skipped."""
 
     @functools.cache
     def build(name):
@@ -63,12 +63,15 @@ def built(tmp_path_factory):
                 flag = compiler.instruction_flag()
             except ValueError as error:
                 pytest.skip(str(error))
-        folder = tmp_path_factory.mktemp(name)
-        (folder / "harness.c").write_text(HARNESS, encoding="utf-8")
-        includes = [f"-I{FOLDER}", f"-I{OPS}"]
-        made = ["gcc", *FLAGS, flag, *includes, "-shared", "harness.c", "-o", "harness.so", *LINK]
-        subprocess.run(made, cwd=folder, check=True)
-        loaded = ctypes.CDLL(str(folder / "harness.so"))
+
+        def make(folder):
+            folder.mkdir()
+            (folder / "harness.c").write_text(HARNESS, encoding="utf-8")
+            includes = [f"-I{FOLDER}", f"-I{OPS}"]
+            made = ["gcc", *FLAGS, flag, *includes, "-shared", "harness.c", "-o", "harness.so", *LINK]
+            subprocess.run(made, cwd=folder, check=True)
+
+        loaded = ctypes.CDLL(str(once(f"product-{name}", make) / "harness.so"))
         loaded.packed_bytes.restype = ctypes.c_int64
         if name == "amx" and not loaded.native_has_tiles():
             pytest.skip("RETENTIVE_ISA=amx: the system does not give this process tiles")
