@@ -4,7 +4,7 @@
     folder.config, folder.tokenizer, folder.template(tokenizer)
     model = folder.model(dtype="bfloat16", adapter="runs/change")
 
-Layouts: our own, torchscale's and fla's. Weights are read from safetensors only.
+Layouts: our own, torchscale's, fla's and Llama's. Weights are read from safetensors only.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from retentive.checkpoint import fla, torchscale
+from retentive.checkpoint import fla, llama, torchscale
 from retentive.checkpoint.adapter import merged
 from retentive.checkpoint.find import find
 from retentive.checkpoint.quantize import BITS, Quantization, as_quantized, quantize
@@ -39,7 +39,7 @@ VERSION_1 = "retentive-model-1"
 """Format of config.json in version 0.1.0."""
 UNTRAINED = ".untrained"
 """File in a run's folder whose weights are still the initial ones."""
-FOREIGN = {"torchscale": torchscale, "fla": fla}
+FOREIGN = {"torchscale": torchscale, "fla": fla, "llama": llama}
 """Layouts of other projects."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Dtypes of weights, by torch's names."""
@@ -55,7 +55,7 @@ class ModelFolder:
     name: str
     """Path, name or hub address that it was opened by."""
     layout: str
-    """Layout of its files: "retentive", "torchscale" or "fla"."""
+    """Layout of its files: "retentive", "torchscale", "fla" or "llama"."""
     config: Config
     """Config of the model; for an adapter that of the model it changes."""
     encoders: Mapping[str, EncoderConfig] = field(default_factory=dict)
@@ -261,7 +261,9 @@ def _config_of(raw: dict[str, Any], file: Path) -> tuple[Config, str]:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     found = raw.get("model_type") or raw.get("architectures") or raw.get("format") or "nothing known"
-    raise ValueError(f"{file} describes {found!r}; expected a retentive, torchscale RetNet or fla RetNet model")
+    raise ValueError(
+        f"{file} describes {found!r}; expected a RetNet (retentive, torchscale, fla) or Llama, Mistral, Qwen3"
+    )
 
 
 def _adapter_of(raw: dict[str, Any], folder: Path) -> Adapter | None:

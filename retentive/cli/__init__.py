@@ -28,7 +28,10 @@ VERBS = {
     "info": ("retentive.cli.info", "show the architecture and the costs of a model, a run or a size"),
     "quantize": ("retentive.cli.quantize", "write a model folder with 8-bit or 4-bit weights"),
     "export": ("retentive.cli.export", "export a model for another runtime: ONNX, C sources, a web page"),
-    "convert": ("retentive.cli.convert", "convert model folders between our layout, torchscale's and fla's"),
+    "convert": (
+        "retentive.cli.convert",
+        "convert model folders between our layout, torchscale's, fla's and Llama's",
+    ),
 }
 """Module of each verb, whose `main(argv)` runs it, and a line of help. `retentive --help` imports no torch."""
 

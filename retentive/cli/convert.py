@@ -13,13 +13,13 @@ from retentive.files import replace_folder
 
 @dataclass(frozen=True)
 class ConvertCommand:
-    """Read a model in any known layout (ours, torchscale's or fla's; detected) and write it in another."""
+    """Read a model in any known layout (ours, torchscale's, fla's or Llama's; detected) and write it in another."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run directory, model folder, the shipped model novels, or hf:owner/name on the hub."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder to make."""
-    to: Literal["retentive", "torchscale", "fla"] = "retentive"
+    to: Literal["retentive", "torchscale", "fla", "llama"] = "retentive"
     """Layout of the new folder. Its architecture must be able to represent the model."""
     merge: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
     """LoRA adapter of the model (a run with --lora) to merge into the new one."""

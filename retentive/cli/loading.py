@@ -20,7 +20,7 @@ class Loading:
     """Flags of a verb that loads a model."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory, model folder (of this package, torchscale or fla), the shipped model novels, or hf:owner/name."""
+    """Run directory, model folder (ours, torchscale, fla or Llama), the shipped model novels, or hf:owner/name."""
     tokenizer: str | None = None
     """Tokenizer (bytes, or a tokenizer.json) for a model without one."""
     device: str = "cpu"

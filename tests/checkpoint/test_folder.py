@@ -257,7 +257,10 @@ def test_pickled_weights_are_never_loaded(saved, refuses):
 CONFIGS = {
     "cut-json": ('{"format": "retentive-mo', "is not JSON"),
     "list": ("[1, 2]", "expected a JSON object, got list"),
-    "llama": ('{"model_type": "llama"}', "describes 'llama'; expected a retentive, torchscale RetNet or fla RetNet"),
+    "llama": (
+        '{"model_type": "llama"}',
+        "describes 'llama'; expected a RetNet (retentive, torchscale",
+    ),
     "empty": ("{}", "describes 'nothing known'"),
     "unknown-field": ('{"format": "retentive-model-1", "kind": "retnet", "config": {"width": 3}}', "width"),
     "unknown-kind": (

@@ -1,0 +1,119 @@
+"""Layout of Llama, Mistral and Qwen3: logits of the transformers library, both directions, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from retentive.checkpoint import ModelFolder, load, save_model
+from retentive.checkpoint.quantize import quantize
+from retentive.infer.generate import generate
+from retentive.models import build, retnet, transformer
+from retentive.native import NativeModel
+
+SMALL = dict(
+    vocab_size=61, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=80, max_position_embeddings=512, rms_norm_eps=1e-5,
+)  # fmt: skip
+MODELS = {
+    "llama": dict(rope_theta=500_000.0),
+    "llama-tied-all-heads": dict(tie_word_embeddings=True, num_key_value_heads=4),
+    "llama-wide-heads": dict(head_dim=20),
+    "mistral": dict(sliding_window=None),
+    "mistral-window": dict(sliding_window=9),
+    "qwen3": dict(head_dim=16, use_sliding_window=False),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def theirs(request, tmp_path_factory):
+    """(the library's model, its folder)"""
+    transformers = pytest.importorskip("transformers")
+    kind = request.param.partition("-")[0]
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3"}[kind]
+    fields = dict(SMALL, **MODELS[request.param])
+    theta = fields.pop("rope_theta", 10_000.0)
+    config = getattr(transformers, f"{name}Config")(**fields)
+    if hasattr(config, "rope_parameters"):  # from version 5 on
+        config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+    else:
+        config.rope_theta = theta
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():  # initial gains are all 1
+        for norm in (x for n, x in model.named_parameters() if n.endswith("norm.weight")):
+            norm.uniform_(0.5, 1.5)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@torch.no_grad()
+def test_logits_are_the_librarys(theirs, same):
+    model, folder = theirs
+    ours, tokenizer = load(folder)
+    ids = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(1))
+    assert ModelFolder.open(folder).layout == "llama" and tokenizer is None
+    same(ours.double()(ids)[0], model.double()(ids).logits, 1e-6)  # its norms and angles are float32
+    model.float()
+
+
+@torch.no_grad()
+def test_they_decode_in_c_and_in_integers(theirs, same):
+    _, folder = theirs
+    model, _ = load(folder)
+    ids = torch.randint(61, (1, 30), generator=torch.Generator().manual_seed(1))
+    want = model(ids)[0]
+    native = NativeModel(model)
+    logits, state = native(ids[:, :20])
+    parts = [logits]
+    for t in range(20, 30):
+        logits, state = native(ids[:, t : t + 1], state)
+        parts.append(logits)
+    same(torch.cat(parts, 1), want, 1e-4)
+    low = quantize(model, 8)
+    assert generate(NativeModel(low), ids[0].tolist(), max_tokens=5)
+
+
+@torch.no_grad()
+def test_our_folder_goes_back_to_theirs(theirs, tmp_path, same):
+    transformers = pytest.importorskip("transformers")
+    model, folder = theirs
+    ours, _ = load(folder)
+    save_model(tmp_path, ours, layout="llama")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).double().eval()
+    ids = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(1))
+    same(again(ids).logits, model.double()(ids).logits, 1e-10)
+    model.float()
+
+
+REFUSED = {
+    "scaled": (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope scaling 'llama3'"),
+    "old-scaled": (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope scaling 'linear'"),
+    "biases": (dict(attention_bias=True, mlp_bias=True), "attention_bias=True (supported: False), mlp_bias=True"),
+    "activation": (dict(hidden_act="relu"), "hidden_act='relu' (supported: silu, swish, gelu)"),
+    "layers-differ": (
+        dict(model_type="qwen3", layer_types=["full_attention", "sliding_attention"], sliding_window=9),
+        "layer_types full_attention, sliding_attention (supported: one)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_supported_is_named(name, tmp_path, refuses):
+    changes, words = REFUSED[name]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL, **changes}))
+    with refuses(words):
+        ModelFolder.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [(retnet(vocab_size=9, dim=16, layers=2, heads=2), "llama has attention only"),
+     (transformer(vocab_size=9, dim=16, layers=2, heads=2, forget_gate=True), "forget_gate=False (this model: True)"),
+     (transformer(vocab_size=9, dim=16, layers=2, heads=2, attention_window=4, attention_sinks=2), "sinks=0")],
+)  # fmt: skip
+def test_what_it_cannot_express_is_named(config, words, tmp_path, refuses):
+    with refuses(words):
+        save_model(tmp_path / "made", build(config), layout="llama")
+    assert not (tmp_path / "made").exists()
