@@ -26,6 +26,8 @@ TABLE = [
 ]
 TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 """Values of model_type, with their classes in transformers."""
+KV_HEADS = {"llama": 0, "mistral": 8, "qwen3": 32}
+"""Key and value heads of a config that does not name them; 0: as many as query heads."""
 ACTIVATIONS = {"silu": "swish", "swish": "swish", "gelu": "gelu"}
 
 
@@ -52,8 +54,8 @@ def read_config(config: dict) -> ModelConfig:
     mixer = AttentionConfig(
         dim=dim,
         heads=config["num_attention_heads"],
-        kv_heads=config.get("num_key_value_heads") or 0,
-        head_dim=config.get("head_dim") or 0,
+        kv_heads=config.get("num_key_value_heads", KV_HEADS[kind]) or 0,
+        head_dim=config.get("head_dim", 128 if kind == "qwen3" else 0) or 0,
         rotary="half",
         rotary_base=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
         qk_norm=kind == "qwen3",
@@ -72,12 +74,13 @@ def read_config(config: dict) -> ModelConfig:
 
 def _window(config: dict) -> int | None:
     """Returns the window of all layers; raises ValueError if only some of them have one."""
-    if config["model_type"] == "llama" or config.get("use_sliding_window") is False:
+    kind = config["model_type"]
+    if kind == "llama" or (kind == "qwen3" and not config.get("use_sliding_window", False)):
         return None
     kinds = set(config.get("layer_types") or ())
     if len(kinds) > 1:
-        raise ValueError(f"{config['model_type']} config has layer_types {', '.join(sorted(kinds))} (supported: one)")
-    return None if kinds == {"full_attention"} else config.get("sliding_window")
+        raise ValueError(f"{kind} config has layer_types {', '.join(sorted(kinds))} (supported: one)")
+    return None if kinds == {"full_attention"} else config.get("sliding_window", 4096)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -89,7 +92,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     c: Any = config.all_alike("llama").mixer
     if c.kind != AttentionConfig.kind:
         raise ValueError("llama has attention only, this model has retention: take torchscale or fla")
-    require(c, "llama", rotary="half", forget_gate=False, sinks=0, **{"norm_eps": config.norm_eps})
+    require(c, "llama", rotary="half", forget_gate=False, sinks=0, norm_eps=config.norm_eps)
     require(config, "llama", embed_scale=False, embed_norm=False, final_norm=True)
     require(config.blocks[0].ffn, "llama", gate=True)
     kind = "qwen3" if c.qk_norm else "mistral" if c.window else "llama"

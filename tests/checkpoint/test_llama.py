@@ -87,13 +87,30 @@ def test_our_folder_goes_back_to_theirs(theirs, tmp_path, same):
     model.float()
 
 
+@pytest.mark.parametrize(
+    ("kind", "wanted"), [("llama", (0, 4, 12)), ("mistral", (4096, 8, 12)), ("qwen3", (0, 32, 128))]
+)
+def test_missing_fields_have_the_librarys_defaults(kind, wanted, tmp_path):
+    heads = 4 if kind == "llama" else 32
+    fields = {n: x for n, x in SMALL.items() if n != "num_key_value_heads"}
+    fields |= {"model_type": kind, "num_attention_heads": heads, "hidden_size": 12 * heads}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    attention = ModelFolder.open(tmp_path).config.attention
+    assert (attention.slots, attention.kv_heads, attention.head_dim) == wanted
+
+
 REFUSED = {
     "scaled": (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope scaling 'llama3'"),
     "old-scaled": (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope scaling 'linear'"),
     "biases": (dict(attention_bias=True, mlp_bias=True), "attention_bias=True (supported: False), mlp_bias=True"),
     "activation": (dict(hidden_act="relu"), "hidden_act='relu' (supported: silu, swish, gelu)"),
     "layers-differ": (
-        dict(model_type="qwen3", layer_types=["full_attention", "sliding_attention"], sliding_window=9),
+        dict(
+            model_type="qwen3",
+            use_sliding_window=True,
+            layer_types=["full_attention", "sliding_attention"],
+            sliding_window=9,
+        ),
         "layer_types full_attention, sliding_attention (supported: one)",
     ),
 }
