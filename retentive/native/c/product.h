@@ -417,8 +417,8 @@ static void product(const Matrix *m, const Input *in, i64 rows, i64 first, i64 l
 #endif
     (void)space;
     /* a row of floats waits for additions, and its next lines with it; integers take longer to unpack than to add */
-    i64 at_once = WIDE > PANELS && rows == 1 && m->kind < INT8 ? WIDE : last - first + 1;
-    for (; WIDE > PANELS && first + at_once <= last; first += at_once) some(WIDE, 1, m, in, 0, first, y, ld);
+    int wide = WIDE > PANELS && rows == 1 && m->kind < INT8;
+    for (; wide && first + WIDE <= last; first += WIDE) some(WIDE, 1, m, in, 0, first, y, ld);
     i64 few = m->kind < INT8 ? AT_ONCE : 2 * AT_ONCE; /* what integers take leaves no register for a second panel */
     for (; PANELS == 2 && rows > few && first + 2 <= last; first += 2) strips(2, m, in, rows, first, y, ld);
     for (; first < last; first++) strips(1, m, in, rows, first, y, ld);
