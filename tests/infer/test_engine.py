@@ -48,7 +48,7 @@ def one_by_one(model, todo) -> list[list[int]]:
 
 @pytest.mark.parametrize("cached", [False, True], ids=["no-cache", "cache"])
 def test_requests_that_join_and_leave_at_random_get_their_own_tokens(model, cached):
-    todo, rng = requests(60), random.Random(1)
+    todo, rng = requests(36), random.Random(1)
     cache = PrefixCache(1 << 20, every=16) if cached else None
     engine, streams = Engine(model, slots=5, prefill_chunk=24, waiting=100, cache=cache), []
     for ids, params, n in todo:

@@ -80,7 +80,13 @@ def built(once):
     return build
 
 
-@pytest.fixture(scope="module", params=compiler.SETS)
+SLOW = ("avx2", "avx512")
+"""Each is compiled for seconds, and most of their code is in the sets above and below them."""
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in compiler.SETS]
+)
 def library(request, built):
     return built(request.param)
 

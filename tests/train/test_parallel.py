@@ -42,6 +42,7 @@ LARGER = {
     "cp2-tp2": (1, 1, 2, 2),
     "cp4": (1, 1, 4, 1),
 }
+WINDOWS = [("window", "cp4"), ("window", "cp2-tp2")]
 pytestmark = pytest.mark.timeout(LIMIT + 60)  # the first test of each fixture pays for its runs
 WIDE: dict = {"wide": True, "steps": 4, "evaluate": True}
 MODELS = ("retnet", "retnet-paper")
@@ -83,18 +84,16 @@ def runs(packed, once) -> Path:
 
 
 def train_all(data: str, out: Path) -> None:
-    """Train all runs of one, two and four processes."""
+    """Train all runs of one and two processes."""
     out.mkdir()
-    jobs, larger = [], []
+    jobs = []
     for model in MODELS:
         # 4 x 63 tokens cut in two: the border is inside a document and a row
         base = Job(model, data, model=model, length=63)
         wide = replace(base, name=f"{model}-wide", **WIDE)
-        jobs += [divided(job, mesh) for job in (base, wide) for mesh in ("one", *MESHES)]
-        larger.append(divided(base, "fsdp2-cp2"))
-    larger += [divided(Job("retnet-wide", data, length=63, **WIDE), mesh) for mesh in LARGER]
-    window = Job("window", data, model="hybrid", changes=WINDOW, length=63, **WIDE)
-    larger += [divided(window, mesh) for mesh in ("cp4", "cp2-tp2")]
+        in_float32 = (base,) if model == "retnet" else ()
+        jobs += [divided(job, mesh) for job in (*in_float32, wide) for mesh in ("one", *MESHES)]
+    window = window_job(data)
     others = {
         Job("carry", data, mode="carry", **WIDE): ("dp2", "fsdp2", "tp2"),
         Job("twin", data, model="transformer", **WIDE): ("dp2", "fsdp2", "tp2"),
@@ -110,7 +109,6 @@ def train_all(data: str, out: Path) -> None:
         replace(window, name="bf16-window", wide=False, precision="bf16"): ("cp2",),
         Job("muon", data, optimizer="muon", **WIDE): ("dp2", "fsdp2", "cp2"),
         Job("ema", data, ema=0.9, async_save=True, **WIDE): ("fsdp2", "tp2"),
-        Job("compiled", data, compile=True, **WIDE): ("dp2", "fsdp2"),
         Job("first", data, stop=0): ("dp2", "fsdp2", "cp2", "tp2"),
     }
     jobs += [divided(job, mesh) for job, meshes in others.items() for mesh in ("one", *meshes)]
@@ -130,7 +128,28 @@ def train_all(data: str, out: Path) -> None:
         carry = replace(next(job for job in others if job.name == name), save_every=1)
         for mesh, stop in (("tp2", 3), ("one", 5), ("dp2", -1)):
             jobs.append(replace(divided(carry, mesh), name=f"{name}-resumed", stop=stop, resume=stop != 3))
-    ranks({2: jobs, 4: larger}, out)
+    ranks({2: jobs}, out)
+
+
+def window_job(data: str) -> Job:
+    return Job("window", data, model="hybrid", changes=WINDOW, length=63, **WIDE)
+
+
+@pytest.fixture(scope="module")
+def more(packed, once) -> Path:
+    """Folder of the slow runs: compiled ones, and those of four processes."""
+    return once("more", lambda out: train_more(str(packed), out))
+
+
+def train_more(data: str, out: Path) -> None:
+    """Train the slow runs, and what they are compared with."""
+    out.mkdir()
+    compiled = Job("compiled", data, compile=True, **WIDE)
+    larger: dict[Job, tuple[str, ...]] = {Job(m, data, model=m, length=63): ("fsdp2-cp2",) for m in MODELS}
+    larger[Job("retnet-wide", data, length=63, **WIDE)] = tuple(LARGER)
+    larger[window_job(data)] = tuple(mesh for _, mesh in WINDOWS)
+    four = [divided(job, mesh) for job, meshes in larger.items() for mesh in ("one", *meshes)]
+    ranks({2: [divided(compiled, mesh) for mesh in ("one", "dp2", "fsdp2")], 4: four}, out)
 
 
 def divided(job: Job, mesh: str) -> Job:
@@ -141,10 +160,14 @@ def divided(job: Job, mesh: str) -> Job:
 
 
 @pytest.mark.parametrize("mesh", MESHES)
+def test_two_processes_train_as_one(mesh, runs):
+    same(runs / "retnet", runs / f"retnet-{mesh}", 1e-6)
+    assert len(losses(runs / "retnet")) == 20 and losses(runs / "retnet")[-1] < losses(runs / "retnet")[0] - 1
+
+
+@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("model", MODELS)
-def test_two_processes_train_as_one(model, mesh, runs):
-    same(runs / model, runs / f"{model}-{mesh}", 1e-6)
-    assert len(losses(runs / model)) == 20 and losses(runs / model)[-1] < losses(runs / model)[0] - 1
+def test_two_processes_train_as_one_in_float64(model, mesh, runs):
     same(runs / f"{model}-wide", runs / f"{model}-wide-{mesh}", 1e-12)
     same_weights(runs / f"{model}-wide", runs / f"{model}-wide-{mesh}")
     assert len(values(runs / f"{model}-wide", "held_out_loss")) == 3 and values(runs / f"{model}-wide", "sample")
@@ -175,7 +198,7 @@ def same_weights(one: Path, other: Path) -> None:
 
 
 OTHERS = ["carry-dp2", "carry-fsdp2", "carry-tp2", "twin-dp2", "twin-fsdp2", "twin-tp2", "packed-cp2", "fla-tp2"]
-OTHERS += ["fla-cp2", "hybrid-cp2", "window-cp2", "window-tp2", "window-cp4", "window-cp2-tp2", "gate-cp2", "sinks-cp2"]
+OTHERS += ["fla-cp2", "hybrid-cp2", "window-cp2", "window-tp2", "gate-cp2", "sinks-cp2"]
 OTHERS += ["carry-window-dp2", "carry-window-fsdp2", "carry-window-tp2"]
 
 
@@ -226,11 +249,12 @@ def test_a_full_disk_of_one_process_costs_the_new_checkpoint_only(save, runs):
     assert sorted(names) == ["step-00000016", "step-00000020"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["compiled-dp2", "compiled-fsdp2"])
-def test_compiled_blocks_are_replicated_and_sharded(name, runs):
+def test_compiled_blocks_are_replicated_and_sharded(name, more):
     """They are traced and differentiated as `torch.compile` does, and run by PyTorch itself."""
-    same(runs / "compiled", runs / name, 1e-12)
-    same_weights(runs / "compiled", runs / name)
+    same(more / "compiled", more / name, 1e-12)
+    same_weights(more / "compiled", more / name)
 
 
 def test_a_shard_holds_half_of_parameters_gradients_and_moments(runs):
@@ -241,11 +265,14 @@ def test_a_shard_holds_half_of_parameters_gradients_and_moments(runs):
     assert shard < 0.51 * whole
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_a_prompt_in_pieces_is_the_prompt(count, runs):
+@pytest.mark.parametrize(
+    ("folder", "count"), [("runs", 2), pytest.param("more", 4, marks=pytest.mark.slow)], ids=["2", "4"]
+)
+def test_a_prompt_in_pieces_is_the_prompt(folder, count, request):
     """Rounds of 5 tokens a process, from an earlier state, and with fewer tokens than processes."""
     for rank in range(count):
-        found = json.loads((runs / f"pieces.{count}.{rank}").read_text(encoding="utf-8"))
+        file = request.getfixturevalue(folder) / f"pieces.{count}.{rank}"
+        found = json.loads(file.read_text(encoding="utf-8"))
         assert len(found) == 9 and all(x < 1e-12 for x in found.values()), found  # float64's rounding of sums in pieces
 
 
@@ -270,15 +297,17 @@ def test_bfloat16_differs_by_its_rounding(name, runs):
     assert max(abs(a - b) for a, b in zip(one, other, strict=True)) < 5e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
-def test_shards_and_pieces_at_once(model, runs):
-    same(runs / model, runs / f"{model}-fsdp2-cp2", 1e-6)
+def test_shards_and_pieces_at_once(model, more):
+    same(more / model, more / f"{model}-fsdp2-cp2", 1e-6)
 
 
-@pytest.mark.parametrize("mesh", LARGER)
-def test_four_processes_train_as_one(mesh, runs):
-    same(runs / "retnet-wide", runs / f"retnet-wide-{mesh}", 1e-12)
-    same_weights(runs / "retnet-wide", runs / f"retnet-wide-{mesh}")
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "mesh"), [*(("retnet-wide", mesh) for mesh in LARGER), *WINDOWS])
+def test_four_processes_train_as_one(name, mesh, more):
+    same(more / name, more / f"{name}-{mesh}", 1e-12)
+    same_weights(more / name, more / f"{name}-{mesh}")
 
 
 @pytest.mark.parametrize(
