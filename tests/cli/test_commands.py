@@ -384,7 +384,11 @@ def test_a_run_goes_on_where_its_data_were_moved(place, train):
 
 
 @pytest.mark.parametrize(
-    "argv", ["bench train --lengths 16 --tokens 32 --repeats 1", "bench decode --contexts 8 16 --models retnet"]
+    "argv",
+    [
+        pytest.param("bench train --lengths 16 --tokens 32 --repeats 1", marks=pytest.mark.slow),
+        "bench decode --contexts 8 16 --models retnet",
+    ],
 )
 def test_bench_writes_what_it_measured(argv, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")

@@ -135,7 +135,7 @@ def test_what_is_judged_is_distributed_as_if_there_were_no_guess(params, certain
     sampler = Sampler(SamplingParams(seed=0, **params), torch.tensor([0]), 8)
     q = None if certain else torch.randn(8).softmax(0)
     generator, counts = torch.Generator().manual_seed(1), Counter()
-    for _ in range(6000):
+    for _ in range(3000):
         guess = 3 if certain else int(torch.multinomial(q, 1, generator=generator))
         counts[judge(sampler, logits, guess, q)] += 1
     p = sampler.distribution(logits)
