@@ -1,6 +1,7 @@
 # A fresh machine needs Python 3.10 or newer and a package index, nothing else.
 PYTHON  ?= python3
-WORKERS ?= 2
+# one more than cores: tests wait for processes and servers
+WORKERS ?= 3
 VENV    := .venv
 BIN     := $(VENV)/bin
 PYTEST  := -m pytest -n $(WORKERS) --dist worksteal
