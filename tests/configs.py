@@ -22,3 +22,9 @@ def changed(config: ModelConfig, *, layers: int = 0, **fields: Any) -> ModelConf
     rest = set(fields) - {"heads", *RETENTION, *ATTENTION, *FEED_FORWARD}
     blocks = blocks[:1] * layers if layers else blocks
     return replace(config, blocks=tuple(blocks), **{name: fields[name] for name in rest})
+
+
+def stacked(config: ModelConfig) -> ModelConfig:
+    """Returns the config with no feed-forward layer in the attention blocks: two mixers, one after the other."""
+    blocks = [replace(b, ffn=None) if b.mixer.kind == "attention" else b for b in config.blocks]
+    return replace(config, blocks=tuple(blocks))

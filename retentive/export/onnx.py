@@ -89,8 +89,9 @@ def _network(graph: Graph, model: Any) -> None:
             tables[layer.config] = shared(graph, layer.config, at, i)
         h = graph.norm(x, block.mixer_norm.weight, c.dim, c.norm_eps)
         x = graph.add("Add", x, MIXERS[block.kind](graph, layer, h, i, tables[layer.config]))
-        h = graph.norm(x, block.ffn_norm.weight, c.dim, c.norm_eps)
-        x = graph.add("Add", x, _feed_forward(graph, block.ffn, h))
+        if block.ffn is not None:
+            h = graph.norm(x, block.ffn_norm.weight, c.dim, c.norm_eps)
+            x = graph.add("Add", x, _feed_forward(graph, block.ffn, h))
     x = graph.add("Gather", x, graph.number(-1), axis=1)  # only the last token
     if c.final_norm:
         x = graph.norm(x, model.norm.weight, c.dim, c.norm_eps)

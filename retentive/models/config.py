@@ -1,4 +1,4 @@
-"""ModelConfig: a model is a list of blocks; a block is a mixer (retention or attention) and a feed-forward layer.
+"""ModelConfig: a model is a list of blocks; a block is a mixer (retention or attention) and mostly a feed-forward layer.
 
     ModelConfig(vocab_size=257, dim=256, blocks=(BlockConfig(RetentionConfig(256, 4), FeedForwardConfig(448)),) * 6)
 
@@ -29,12 +29,12 @@ MIXERS: dict[str, type[Mixer]] = {RetentionConfig.kind: RetentionConfig, Attenti
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """x + mixer(norm(x)), then x + ffn(norm(x))."""
+    """x + mixer(norm(x)), then x + ffn(norm(x)) if there is a feed-forward layer."""
 
     mixer: Mixer
     """Retention or attention."""
-    ffn: FeedForwardConfig
-    """Feed-forward layer."""
+    ffn: FeedForwardConfig | None
+    """Feed-forward layer; None (null): the next block's mixer follows at once."""
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,11 @@ class ModelConfig:
         return block.mixer
 
     def all_alike(self, who: str) -> BlockConfig:
-        """Returns the block that all blocks equal; raises as `all_retention`."""
+        """Returns the block that all blocks equal; raises as `all_retention`, and for one without a feed-forward layer."""
         odd = next((i for i, block in enumerate(self.blocks) if block != self.blocks[0]), None)
         if odd is None:
+            if self.blocks[0].ffn is None:
+                raise ValueError(f"{who} takes models whose blocks have feed-forward layers, these have none")
             return self.blocks[0]
         if len(set(self.kinds)) > 1:
             raise ValueError(f"{who} takes models whose blocks are of one kind, this is a {self.name}")
@@ -156,7 +158,7 @@ class ModelConfig:
 
     def with_ffn(self, more: int) -> "ModelConfig":
         """Returns the config with all feed-forward layers `more` wider (narrower if negative)."""
-        wider = (replace(block, ffn=replace(block.ffn, width=block.ffn.width + more)) for block in self.blocks)
+        wider = (replace(b, ffn=b.ffn and replace(b.ffn, width=b.ffn.width + more)) for b in self.blocks)
         return replace(self, blocks=tuple(wider))
 
     def written(self) -> dict[str, Any]:
@@ -165,7 +167,7 @@ class ModelConfig:
         blocks = []
         for block, equal in groupby(self.blocks):
             mixer = {"kind": block.mixer.kind, **asdict(block.mixer)}
-            blocks.append({"repeat": len(list(equal)), "mixer": mixer, "ffn": asdict(block.ffn)})
+            blocks.append({"repeat": len(list(equal)), "mixer": mixer, "ffn": block.ffn and asdict(block.ffn)})
         return raw | {"blocks": blocks}
 
     @staticmethod
@@ -183,7 +185,7 @@ class ModelConfig:
             kind = mixer.pop("kind")
             if kind not in list(MIXERS):  # a list, since JSON values may not be hashable
                 raise ValueError(f"unknown kind of block {kind!r}, expected one of {', '.join(MIXERS)}")
-            blocks += [BlockConfig(MIXERS[kind](**mixer), FeedForwardConfig(**ffn))] * repeat
+            blocks += [BlockConfig(MIXERS[kind](**mixer), None if ffn is None else FeedForwardConfig(**ffn))] * repeat
             check_layers(len(blocks))
         return ModelConfig(**{**raw, "blocks": tuple(blocks)})
 

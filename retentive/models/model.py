@@ -29,7 +29,7 @@ LAYERS: dict[str, type[MultiScaleRetention] | type[Attention]] = {
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x)).
+    """x + mixer(norm(x)), then x + ffn(norm(x)) if there is a feed-forward layer.
 
     The mixer and its norm are registered under the mixer's kind, so weight names show it:
     `blocks.0.retention.q_proj.weight`, `blocks.3.attention_norm.weight`.
@@ -40,8 +40,8 @@ class Block(nn.Module):
         self.kind, self.dropout, D = config.mixer.kind, dropout, config.mixer.dim
         self.add_module(f"{self.kind}_norm", RMSNorm(D, eps=norm_eps))
         self.add_module(self.kind, LAYERS[self.kind](config.mixer))  # type: ignore[arg-type]  # of its kind
-        self.ffn_norm = RMSNorm(D, eps=norm_eps)
-        self.ffn = FeedForward(D, config.ffn)
+        self.ffn_norm = RMSNorm(D, eps=norm_eps) if config.ffn else None
+        self.ffn = FeedForward(D, config.ffn) if config.ffn else None
 
     @property
     def mixer(self) -> Any:
@@ -61,7 +61,8 @@ class Block(nn.Module):
         """Returns (x `[B,T,D]`, the mixer's memory: a state `[N,H,K,V]`, a Ring, or keys and values)."""
         y, memory = self.mixer(self.mixer_norm(x), memory, positions, phases)
         x = x + F.dropout(y, self.dropout, self.training)
-        x = x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
+        if self.ffn is not None and self.ffn_norm is not None:
+            x = x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
         return x, memory
 
     def reset_parameters(self) -> None:

@@ -215,7 +215,7 @@ def _twin_block(block: BlockConfig, norm_eps: float, kv_heads: int = 0) -> Block
     # In units of D parameters: the RetNet block's parameters, minus those of the twin's attention.
     retention = (1 + shared) * c.key_dim + (shared + (2 if c.gate else 1)) * c.value_dim
     retention += c.heads if c.decay == "gated" else 0
-    feed_forward = (3 if block.ffn.gate else 2) * block.ffn.width
+    feed_forward = (3 if block.ffn.gate else 2) * block.ffn.width if block.ffn else 0
     attention = 2 * c.dim * (1 + (kv_heads or c.heads) / c.heads)
     mixer = AttentionConfig(dim=c.dim, heads=c.heads, kv_heads=kv_heads, norm_eps=norm_eps)
     width = round((feed_forward + retention - attention) / 3)  # SwiGLU has three matrices
@@ -239,6 +239,7 @@ def transformer(size: str | None = None, **changes: Any) -> ModelConfig:
     block = base.blocks[0]
     known = {f.name: getattr(block.mixer, f.name) for f in fields(AttentionConfig) if f.name != "kv_heads"}
     mixer = AttentionConfig(**known | {ATTENTION[name][0]: value for name, value in own.items()})
+    assert block.ffn is not None
     ffn = replace(block.ffn, width=width or block.ffn.width)
     return replace(base, blocks=(BlockConfig(mixer, ffn),) * base.layers)
 

@@ -147,15 +147,13 @@ class Packed:
         return turns, [ctypes.addressof(turns) + unique.index(key) * size for key in keys]
 
     def _layer(self, block: Any, config: Any, turn: int) -> Layer:
-        mixer, c, ffn = block.mixer, block.mixer.config, block.ffn
+        mixer, c = block.mixer, block.mixer.config
         own = self._retention if c.kind == "retention" else self._attention
         return Layer(
-            kind=MIXERS.index(c.kind), H=mixer.H, kv=mixer.kv_heads, K=mixer.K, F=config.ffn.width,
-            activation=ACTIVATIONS.index(config.ffn.activation), ffn_gate=config.ffn.gate, eps=c.norm_eps, turn=turn,
-            mixer_norm=self._vector(block.mixer_norm), ffn_norm=self._vector(block.ffn_norm),
+            kind=MIXERS.index(c.kind), H=mixer.H, kv=mixer.kv_heads, K=mixer.K, eps=c.norm_eps, turn=turn,
+            mixer_norm=self._vector(block.mixer_norm),
             q_norm=self._vector(mixer.q_norm), k_norm=self._vector(mixer.k_norm), out=self._matrix([mixer.out_proj]),
-            up=self._matrix([ffn.gate_proj, ffn.up_proj], in_turn=True), down=self._matrix([ffn.down_proj]),
-            **own(mixer, c),
+            **own(mixer, c), **(self._feed_forward(block, config.ffn) if config.ffn else {}),
         )  # fmt: skip
 
     def _retention(self, mixer: Any, c: Any) -> dict[str, Any]:
@@ -174,6 +172,13 @@ class Packed:
             V=mixer.K, gated=c.forget_gate, decay_scale=1.0, window=c.window or 0, sinks=c.sinks,
             decay_bias=self._vector(mixer.forget_proj, "bias"),
             in_=self._matrix([mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.forget_proj]),
+        )  # fmt: skip
+
+    def _feed_forward(self, block: Any, c: Any) -> dict[str, Any]:
+        return dict(
+            F=c.width, activation=ACTIVATIONS.index(c.activation), ffn_gate=c.gate,
+            ffn_norm=self._vector(block.ffn_norm), down=self._matrix([block.ffn.down_proj]),
+            up=self._matrix([block.ffn.gate_proj, block.ffn.up_proj], in_turn=True),
         )  # fmt: skip
 
     def _kept(self, memory: Any) -> int:

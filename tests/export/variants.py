@@ -3,6 +3,7 @@
 import torch
 
 from retentive.models import ModelConfig, build, hybrid, retnet, transformer
+from tests.configs import stacked
 
 TINY = {"vocab_size": 257, "dim": 64, "layers": 2, "heads": 2}
 VARIANTS = {
@@ -27,6 +28,7 @@ ATTENDING: dict[str, ModelConfig] = {
     "a window of one": transformer(**TINY, attention_window=1),
     "hybrid": hybrid(**TINY, attention=(1,)),
     "hybrid, window": hybrid(**TINY | {"layers": 4}, attention=(0, 3), attention_window=16, attention_rotary="none"),
+    "stacked": stacked(hybrid(**TINY | {"layers": 4}, attention=(0, 2))),
 }
 """Configs with blocks of attention."""
 

@@ -11,6 +11,7 @@ import torch
 
 from retentive.models import ARCHITECTURES, State, hybrid, load_state, retnet, transformer
 from retentive.ops import Ring
+from tests.configs import stacked
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 CONFIGS = {
@@ -41,6 +42,7 @@ CONFIGS = {
     "transformer-gate": transformer(**SMALL, forget_gate=True),
     "transformer-window-gate": transformer(**SMALL, attention_window=5, forget_gate=True, qk_norm=True, rotary="none"),
 }
+CONFIGS["stacked"] = stacked(CONFIGS["hybrid-window"])
 BOTH = {name: CONFIGS[name] for name in ("retnet", "hybrid", "transformer", "hybrid-window", "transformer-window-gate")}
 # float64 has 53 bits, 1e-16; two layers of sums in another order, and norms that divide by small numbers, cost up to
 # thousands of that. In float32 (24 bits, 6e-8) they cost tens

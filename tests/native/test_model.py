@@ -18,6 +18,7 @@ from retentive.native import NativeModel, refused, with_engine
 from retentive.native.library import library
 from retentive.native.threads import Pace
 from retentive.ops.compiler import NotBuilt
+from tests.configs import stacked
 
 pytestmark = pytest.mark.skipif(isinstance(library(), NotBuilt), reason=str(library()))
 
@@ -52,6 +53,7 @@ HYBRIDS = {
 }
 FAMILIES = ((retnet, RETNETS), (transformer, TRANSFORMERS), (hybrid, HYBRIDS))
 CONFIGS = {name: make(**SMALL | fields) for make, models in FAMILIES for name, fields in models.items()}
+CONFIGS["stacked"] = stacked(CONFIGS["hybrid-window"])
 """Every kind of block; some of these models have several, of different shapes."""
 LONG = 300
 """Tokens of a long prompt: several chunks of positions, and more than pass through the layers together."""

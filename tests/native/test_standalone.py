@@ -20,6 +20,7 @@ from retentive.infer.memory import ABOUT, blank, load_memory, save, tensors
 from retentive.models import ARCHITECTURES, build, hybrid, load_state, retnet, transformer
 from retentive.native.library import FOLDER, OPS
 from retentive.ops.compiler import FLAGS, LINK
+from tests.configs import stacked
 
 HERE = Path(__file__).parent
 ZIG = [sys.executable, "-m", "ziglang", "cc"]
@@ -69,6 +70,7 @@ MODELS = {
     for make, models in ((retnet, RETNETS), (transformer, TRANSFORMERS), (hybrid, HYBRIDS))
     for name, fields in models.items()
 }
+MODELS["stacked"] = stacked(MODELS["hybrid-int8"])
 
 
 @pytest.fixture(scope="session")

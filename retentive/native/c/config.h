@@ -186,7 +186,8 @@ static void blocks_of(Folder *f, const Json *blocks) {
     for (const Json *b = blocks->child; b && !f->bad; b = b->next) {
         const Json *mixer = item(b, "mixer");
         Layer layer = layer_as(f, mixer, choice_of(f, mixer, "kind", kinds), 0, 0);
-        feed_forward_of(f, item(b, "ffn"), "width", "gate", &layer);
+        const Json *ffn = item(b, "ffn");
+        if (!ffn || ffn->type != NOTHING) feed_forward_of(f, ffn, "width", "gate", &layer);
         for (double n = number_or(f, b, "repeat", 1); n > 0 && !f->bad && at < f->model.layers; n--) f->layers[at++] = layer;
     }
     expect(f, at == f->model.layers);

@@ -77,7 +77,7 @@ static void layer_of(Folder *f, i64 i) {
     l->decay_bias = vector_of(f, l->H, 0, attends ? OWN(".forget_proj.bias") : OWN(".decay_proj.bias"));
     l->head_norm = vector_of(f, l->V, 0, OWN(".head_norm.weight"));
 #undef OWN
-    snprintf(name, sizeof name, "%sffn_norm.weight", block), l->ffn_norm = vector_of(f, D, 1, name);
+    snprintf(name, sizeof name, "%sffn_norm.weight", block), l->ffn_norm = vector_of(f, D, l->F > 0, name);
     strcat(mixer, ".");
     Part in[] = {{"q_proj", l->H * l->K},
                  {"k_proj", l->kv * l->K},
@@ -87,7 +87,7 @@ static void layer_of(Folder *f, i64 i) {
     Part out[] = {{"out_proj", D}}, down[] = {{"ffn.down_proj", D}};
     Part up[] = {{"ffn.gate_proj", l->F}, {l->ffn_gate ? "ffn.up_proj" : NULL, l->F}};
     l->in = matrix_of(f, D, 0, mixer, in, 5), l->out = matrix_of(f, l->H * l->V, 0, mixer, out, 1);
-    l->up = matrix_of(f, D, 1, block, up, 2), l->down = matrix_of(f, l->F, 0, block, down, 1);
+    if (l->F) l->up = matrix_of(f, D, 1, block, up, 2), l->down = matrix_of(f, l->F, 0, block, down, 1);
 }
 
 static void close_folder(Folder *f) {

@@ -15,7 +15,7 @@ typedef struct {                    /* how queries and keys are turned and scale
 } Turn;
 
 typedef struct {
-    i64 kind, H, kv, K, V, F;                   /* V is K where the layer attends */
+    i64 kind, H, kv, K, V, F;                   /* V is K where the layer attends; F: 0 for no feed-forward layer */
     i64 gate, gate_activation, gated, normed_heads; /* gate, ffn_gate: whether there is one; gated: a decay, or a forget
                                                    gate, of each token */
     i64 activation, ffn_gate, window, sinks;    /* tokens attended to, 0 for all; first tokens, attended to always */

@@ -76,21 +76,10 @@ static void add_product(Block *b, const Matrix *w, const Input *in, const Matrix
     meet(b->c->pool);
 }
 
-static void through_layer(Block *b, i64 l, const Self *me) {
-    const Model *m = b->c->model;
-    const Layer *layer = m->layer + l;
+/* x += feed-forward layer */
+static void feed_forward(Block *b, const Layer *layer, const Matrix *next, const Self *me) {
     i64 first, last, each = together(layer);
-    Input in = normed(b, me, layer->mixer_norm, &layer->in);
-    share(panels_of(&layer->in), me->thread, b->threads, &first, &last);
-    product(&layer->in, &in, b->n, first, last, b->y, b->ld, me->expanded);
-    meet(b->c->pool);
-    if (layer->kind == ATTENTION) attend(b, layer, b->c->memory + l, me);
-    else if (b->c->steps) by_steps(b, layer, b->c->memory + l, me);
-    else by_chunks(b, layer, b->c->memory + l, me);
-    in = mixed_heads(b, me, &layer->out);
-    add_product(b, &layer->out, &in, &layer->up, each, me);
-
-    in = normed(b, me, layer->ffn_norm, &layer->up);
+    Input in = normed(b, me, layer->ffn_norm, &layer->up);
     share(panels_of(&layer->up) / each, me->thread, b->threads, &first, &last);
     product(&layer->up, &in, b->n, first * each, last * each, b->y, b->ld, me->expanded);
     for (i64 r = 0; r < b->n; r++)
@@ -101,7 +90,24 @@ static void through_layer(Block *b, i64 l, const Self *me) {
     ask(b, &layer->down, 1, me);
     meet(b->c->pool);
     in = activated(b, me, &layer->down, each);
-    add_product(b, &layer->down, &in, l + 1 < m->layers ? &m->layer[l + 1].in : &m->head, 1, me);
+    add_product(b, &layer->down, &in, next, 1, me);
+}
+
+static void through_layer(Block *b, i64 l, const Self *me) {
+    const Model *m = b->c->model;
+    const Layer *layer = m->layer + l;
+    const Matrix *next = l + 1 < m->layers ? &m->layer[l + 1].in : &m->head;
+    i64 first, last;
+    Input in = normed(b, me, layer->mixer_norm, &layer->in);
+    share(panels_of(&layer->in), me->thread, b->threads, &first, &last);
+    product(&layer->in, &in, b->n, first, last, b->y, b->ld, me->expanded);
+    meet(b->c->pool);
+    if (layer->kind == ATTENTION) attend(b, layer, b->c->memory + l, me);
+    else if (b->c->steps) by_steps(b, layer, b->c->memory + l, me);
+    else by_chunks(b, layer, b->c->memory + l, me);
+    in = mixed_heads(b, me, &layer->out);
+    add_product(b, &layer->out, &in, layer->F ? &layer->up : next, layer->F ? together(layer) : 1, me);
+    if (layer->F) feed_forward(b, layer, next, me);
 }
 
 /* ---- the model ---- */
