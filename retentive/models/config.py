@@ -1,4 +1,4 @@
-"""ModelConfig: a model is a list of blocks; a block is a mixer (retention or attention) and mostly a feed-forward layer.
+"""ModelConfig: a list of blocks, each a mixer (retention or attention) and mostly a feed-forward layer.
 
     ModelConfig(vocab_size=257, dim=256, blocks=(BlockConfig(RetentionConfig(256, 4), FeedForwardConfig(448)),) * 6)
 
@@ -146,7 +146,7 @@ class ModelConfig:
         return block.mixer
 
     def all_alike(self, who: str) -> BlockConfig:
-        """Returns the block that all blocks equal; raises as `all_retention`, and for one without a feed-forward layer."""
+        """Returns the block that all blocks equal; raises as `all_retention`, and if it has no feed-forward layer."""
         odd = next((i for i, block in enumerate(self.blocks) if block != self.blocks[0]), None)
         if odd is None:
             if self.blocks[0].ffn is None:
