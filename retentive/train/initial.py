@@ -1,6 +1,6 @@
 """The initial model of a run: new encoders, given weights, an adapter, and checks that they fit the data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,15 @@ def check_fits(config: Config, batch: int, length: int, device: torch.device) ->
             f"{least / 1e9:,.1f} GB at the very least, {free / 1e9:,.1f} GB are free on {device}: choose a smaller "
             f"`size`, `batch` or `length` (`accumulate` makes one step of several batches)"
         )
+
+
+def freeze_others(model: LanguageModel, names: Sequence[str]) -> None:
+    """Freeze all weights but those whose names contain one of `names`; raises ValueError for one that none contains."""
+    found = [name for name, _ in model.named_parameters()]
+    if unknown := [part for part in names if not any(part in name for name in found)]:
+        raise ValueError(f"{option('only', unknown[0])}: no weight has this in its name, such as {found[-2]}")
+    for name, p in model.named_parameters():
+        p.requires_grad_(any(part in name for part in names))
 
 
 def check_vocabulary(base: ModelFolder, data: Packed | Mixture) -> None:

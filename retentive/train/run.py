@@ -29,11 +29,20 @@ from retentive.tables import counted, millions
 from retentive.train.checkpoints import folders
 from retentive.train.config import TrainConfig
 from retentive.train.directory import Existing, RunDirectory, read_options
+from retentive.train.distillation import Learns, distillation
 from retentive.train.hooks import Hooks, hooks_on
-from retentive.train.initial import adapter_for, check_fits, encoders_for, load_base, load_initial
+from retentive.train.initial import (
+    adapter_for,
+    check_fits,
+    check_vocabulary,
+    encoders_for,
+    freeze_others,
+    load_base,
+    load_initial,
+)
 from retentive.train.log import say
 from retentive.train.loop import train
-from retentive.train.objective import language_modelling
+from retentive.train.objective import Objective, language_modelling
 from retentive.train.parallel import ALONE, Cluster, Parallel, checksum
 from retentive.train.parallel.rendezvous import joined
 from retentive.train.prepare import prepare
@@ -74,6 +83,13 @@ class TrainRun:
     """LoRA alpha: the adapter is scaled by alpha / rank."""
     lora_targets: str = "all"
     """Matrices that the LoRA adapter changes: all, or some, such as q_proj,v_proj."""
+    teacher: str = ""
+    """Model folder of a teacher with the same tokenizer (distillation): the model learns from it instead of from the
+    text."""
+    learns: Learns = "predictions"
+    """With a teacher: its predictions, or what its mixers add, layer by layer."""
+    only: tuple[str, ...] = ()
+    """Train only weights whose names contain one of these, such as retention. Default: all."""
     mode: Mode | Literal["auto"] = "reset"
     """reset: the state is reset at each document's end. packed: documents run into each other. whole: rows of whole
     documents or conversations. carry: each row continues the one before, with its state. auto: whole for models with
@@ -120,6 +136,11 @@ class TrainRun:
         check_type("set", self.set, Mapping)
         if self.lora < 0:
             raise ValueError(f"`lora` must be at least 0, the rank of an adapter, got {self.lora}")
+        object.__setattr__(self, "only", tuple(self.only))
+        if not self.teacher and self.learns != TrainRun.learns:
+            raise ValueError(f"`learns` is of a teacher: name one (`teacher`), got learns={self.learns!r} alone")
+        if self.only and self.lora:
+            raise ValueError("`lora` trains an adapter only: leave out `only`")
         if self.lora and not self.init:
             raise ValueError("`lora` changes a model that is trained already: name it (`init`)")
         if not self.lora and (self.lora_alpha, self.lora_targets) != (TrainRun.lora_alpha, TrainRun.lora_targets):
@@ -157,7 +178,7 @@ class TrainRun:
                 other = "rank {} begins with other weights than rank 0 (`init`, or another version of torch)"
                 cluster.check_same(checksum(model), other)
             hooks = replace(run.hooks(data, config), title=title, quiet=quiet)
-            return train(model, batches, language_modelling, run.train, directory, hooks, cluster)
+            return train(model, batches, run.objective(data), run.train, directory, hooks, cluster)
 
     def check(self) -> None:
         """Check everything that needs no data; raises ValueError or OSError. Changes nothing."""
@@ -165,6 +186,8 @@ class TrainRun:
             raise ValueError("`resume` and `overwrite` exclude each other: go on with the run, or begin anew")
         if self.init and not self.init.startswith("hf:") and self.out.resolve() == Path(self.init).resolve():
             raise ValueError(f"{option('out', self.out)} is the model that the run begins with: choose another folder")
+        if self.teacher and self.mode == "carry":
+            raise ValueError("`teacher` reads every row from its beginning: use another mode than carry")
         RunDirectory(self.out, existing=self.existing).check()
         if self.init and not self.resumes:
             if self.lora and self.base.adapter:
@@ -263,7 +286,7 @@ class TrainRun:
         data = self.opened()
         run = self.concrete(data)
         _, model = run.build(data)
-        training = prepare(model, run.batches(data), language_modelling, run.train)
+        training = prepare(model, run.batches(data), run.objective(data), run.train)
         times = []
         for _ in range(50):  # leaves out the first step, which allocates and compiles; measures many short steps
             began = time.perf_counter()
@@ -345,7 +368,21 @@ class TrainRun:
             load_base(model, self.base, self.out)
         if self.lora:
             model = with_adapter(model, adapter_for(model, self.base, self.lora, self.lora_alpha, self.lora_targets))
+        if self.only:
+            freeze_others(model, self.only)
         return config, model
+
+    def objective(self, data: Data) -> Objective:
+        """Language modelling, or learning from the teacher.
+
+        Raises:
+            ValueError: the teacher has another tokenizer than the data, or fewer tokens.
+        """
+        if not self.teacher:
+            return language_modelling
+        folder = ModelFolder.open(self.teacher)
+        check_vocabulary(folder, data)
+        return distillation(folder.model(device=str(pick_device(self.train.device))), self.learns)
 
     def hooks(self, data: Data, config: Config) -> Hooks:
         """Hooks with evaluation if the data hold out text, and samples if the model can decode."""
