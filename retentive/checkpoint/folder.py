@@ -262,7 +262,7 @@ def _config_of(raw: dict[str, Any], file: Path) -> tuple[Config, str]:
         raise ValueError(f"{file}: {error}") from None
     found = raw.get("model_type") or raw.get("architectures") or raw.get("format") or "nothing known"
     raise ValueError(
-        f"{file} describes {found!r}; expected a RetNet (retentive, torchscale, fla) or Llama, Mistral, Qwen3"
+        f"{file} describes {found!r}; expected a RetNet (retentive, torchscale, fla) or Llama, Mistral, Qwen2, Qwen3"
     )
 
 

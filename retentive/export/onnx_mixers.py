@@ -193,7 +193,11 @@ def attention(graph: Graph, layer: Any, h: str, i: int, tables: dict[str, str]) 
     c, H, K = layer.config, layer.H, layer.K
     layers = [x for x in (layer.q_proj, layer.k_proj, layer.v_proj, layer.forget_proj) if x is not None]
     widths = [H * K, c.kv_heads * K, c.kv_heads * K, *([H] if c.forget_gate else [])]
-    q, k, v, *gate = graph.add("Split", graph.matmul(h, *layers), graph.numbers(*widths), outputs=len(widths), axis=-1)
+    y = graph.matmul(h, *layers)
+    if c.qkv_bias:  # and none yet for the gate
+        biases = [x.bias.float() for x in layers[:3]]
+        y = graph.add("Add", y, graph.constant(torch.cat([*biases, torch.zeros(sum(widths[3:]))])))
+    q, k, v, *gate = graph.add("Split", y, graph.numbers(*widths), outputs=len(widths), axis=-1)
     q = _rotated(graph, _feature(graph, q, layer.q_norm, None, H, K, c.norm_eps), c.rotary, H, K, tables)
     k = _feature(graph, k, layer.k_norm, None, c.kv_heads, K, c.norm_eps)
     k = _rotated(graph, k, c.rotary, c.kv_heads, K, tables)

@@ -53,9 +53,9 @@ class Attention(nn.Module):
         self.config = c = config
         self.H, self.kv_heads, self.K = c.heads, c.kv_heads, c.head_dim
         self.window, self.sinks, self.slots = c.window or 0, c.sinks, c.slots
-        self.q_proj = nn.Linear(c.dim, self.K * c.heads, bias=False)
-        self.k_proj = nn.Linear(c.dim, self.K * c.kv_heads, bias=False)
-        self.v_proj = nn.Linear(c.dim, self.K * c.kv_heads, bias=False)
+        self.q_proj = nn.Linear(c.dim, self.K * c.heads, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.dim, self.K * c.kv_heads, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.dim, self.K * c.kv_heads, bias=c.qkv_bias)
         self.q_norm = RMSNorm(self.K, eps=c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(self.K, eps=c.norm_eps) if c.qk_norm else None
         self.forget_proj = nn.Linear(c.dim, c.heads) if c.forget_gate else None
@@ -368,6 +368,8 @@ class Attention(nn.Module):
         for proj in (self.q_proj, self.k_proj, self.v_proj, self.forget_proj):
             if proj is not None:
                 nn.init.xavier_uniform_(proj.weight, gain=2**-2.5)
+                if proj.bias is not None:
+                    nn.init.zeros_(proj.bias)
         nn.init.xavier_uniform_(self.out_proj.weight, gain=0.5)
         if self.forget_proj is not None:
             log_kept = decays.log_decay("lm", self.H, dtype=torch.float64)

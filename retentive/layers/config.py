@@ -152,6 +152,8 @@ class AttentionConfig:
     """Base of the rotation angles (rope theta)."""
     qk_norm: bool = False
     """RMSNorm with a gain over each head's q and k, before rotation."""
+    qkv_bias: bool = False
+    """Biases in the projections of q, k and v (Qwen2), before QK-norm."""
     forget_gate: bool = False
     """Forget gate: log sigmoids of a projection of each token, summed from key to query, lower the score
     (arXiv 2503.02130). Needs one key head per query head."""

@@ -25,6 +25,9 @@ Mixer = RetentionConfig | AttentionConfig
 """Config of a layer that mixes tokens."""
 MIXERS: dict[str, type[Mixer]] = {RetentionConfig.kind: RetentionConfig, AttentionConfig.kind: AttentionConfig}
 """Mixers by name in config.json."""
+LATER = ("qkv_bias",)
+"""Fields of mixers newer than version 0.5.0. They are written only if set, so that the files and fingerprints of all
+other models stay as they were."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,8 @@ class ModelConfig:
         raw = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "blocks"}
         blocks = []
         for block, equal in groupby(self.blocks):
-            mixer = {"kind": block.mixer.kind, **asdict(block.mixer)}
+            mixer = {name: value for name, value in asdict(block.mixer).items() if value or name not in LATER}
+            mixer = {"kind": block.mixer.kind, **mixer}
             blocks.append({"repeat": len(list(equal)), "mixer": mixer, "ffn": block.ffn and asdict(block.ffn)})
         return raw | {"blocks": blocks}
 

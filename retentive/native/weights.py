@@ -171,6 +171,7 @@ class Packed:
         return dict(
             V=mixer.K, gated=c.forget_gate, decay_scale=1.0, window=c.window or 0, sinks=c.sinks,
             decay_bias=self._vector(mixer.forget_proj, "bias"),
+            in_bias=self._biases([mixer.q_proj, mixer.k_proj, mixer.v_proj]) if c.qkv_bias else None,
             in_=self._matrix([mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.forget_proj]),
         )  # fmt: skip
 
@@ -213,15 +214,32 @@ class Packed:
         """Address of a module's parameter as float32; None if there is none."""
         if module is None or module._parameters.get(name) is None:
             return None
+        x = self._floats(len(module._parameters[name]))
+        self._watch(x, module, name)
+        return x.data_ptr()
+
+    def _biases(self, modules: Sequence[nn.Module]) -> int:
+        """Address of the modules' biases as float32, each in panels of its own like the rows of the matrices."""
+        rows = [Rows.of(module) for module in modules]
+        x, at = self._floats(sum(part.panels for part in rows) * ROWS), 0
+        for module, part in zip(modules, rows, strict=True):
+            self._watch(x[at : at + len(part.stored)], module, "bias")
+            at += part.panels * ROWS
+        return x.data_ptr()
+
+    def _floats(self, count: int) -> Tensor:
         with torch.inference_mode(False):  # a tensor made in that mode could not be written outside it
-            x = torch.empty(module._parameters[name].shape)
+            x = torch.zeros(count)
         self._keep.append(x)
+        return x
+
+    def _watch(self, x: Tensor, module: Any, name: str) -> None:
+        """Copies a module's parameter to x at the next refresh, and whenever it changes."""
 
         def copy() -> None:
             x.copy_(module._parameters[name].detach())
 
         self.body.add(copy, module)
-        return x.data_ptr()
 
     def _matrix(
         self, modules: Sequence[nn.Module | None], *, in_turn: bool = False, watched: Watched | None = None

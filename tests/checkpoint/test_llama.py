@@ -1,9 +1,10 @@
-"""Layout of Llama, Mistral and Qwen3: logits of the transformers library, both directions, and what is refused."""
+"""Layout of Llama, Mistral, Qwen2, Qwen3: logits of the transformers library, both directions, and what is refused."""
 
 import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from retentive.checkpoint import ModelFolder, load, save_model
 from retentive.checkpoint.quantize import quantize
@@ -21,6 +22,9 @@ MODELS = {
     "llama-wide-heads": dict(head_dim=20),
     "mistral": dict(sliding_window=None),
     "mistral-window": dict(sliding_window=9),
+    "llama-biases": dict(attention_bias=True),
+    "qwen2": dict(tie_word_embeddings=True),
+    "qwen2-window": dict(use_sliding_window=True, sliding_window=9, max_window_layers=0),
     "qwen3": dict(head_dim=16, use_sliding_window=False),
 }
 
@@ -30,7 +34,7 @@ def theirs(request, tmp_path_factory):
     """(the library's model, its folder)"""
     transformers = pytest.importorskip("transformers")
     kind = request.param.partition("-")[0]
-    name = {"llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3"}[kind]
+    name = kind.capitalize()
     fields = dict(SMALL, **MODELS[request.param])
     theta = fields.pop("rope_theta", 10_000.0)
     config = getattr(transformers, f"{name}Config")(**fields)
@@ -43,6 +47,8 @@ def theirs(request, tmp_path_factory):
     with torch.no_grad():  # initial gains are all 1
         for norm in (x for n, x in model.named_parameters() if n.endswith("norm.weight")):
             norm.uniform_(0.5, 1.5)
+        for bias in (x for n, x in model.named_parameters() if n.endswith("bias") and "o_proj" not in n):  # they are 0
+            bias.uniform_(-1, 1)
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     return model, folder
@@ -88,7 +94,8 @@ def test_our_folder_goes_back_to_theirs(theirs, tmp_path, same):
 
 
 @pytest.mark.parametrize(
-    ("kind", "wanted"), [("llama", (0, 4, 12)), ("mistral", (4096, 8, 12)), ("qwen3", (0, 32, 128))]
+    ("kind", "wanted"),
+    [("llama", (0, 4, 12)), ("mistral", (4096, 8, 12)), ("qwen2", (0, 32, 12)), ("qwen3", (0, 32, 128))],
 )
 def test_missing_fields_have_the_librarys_defaults(kind, wanted, tmp_path):
     heads = 4 if kind == "llama" else 32
@@ -102,7 +109,14 @@ def test_missing_fields_have_the_librarys_defaults(kind, wanted, tmp_path):
 REFUSED = {
     "scaled": (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope scaling 'llama3'"),
     "old-scaled": (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope scaling 'linear'"),
-    "biases": (dict(attention_bias=True, mlp_bias=True), "attention_bias=True (supported: False), mlp_bias=True"),
+    "biases": (
+        dict(model_type="mistral", attention_bias=True, mlp_bias=True),
+        "attention_bias=True (supported: False), mlp_bias=True",
+    ),
+    "last-layers": (
+        dict(model_type="qwen2", use_sliding_window=True, max_window_layers=1),
+        "layer_types full_attention, sliding_attention (supported: one)",
+    ),
     "activation": (dict(hidden_act="relu"), "hidden_act='relu' (supported: silu, swish, gelu)"),
     "layers-differ": (
         dict(
@@ -124,11 +138,24 @@ def test_what_is_not_supported_is_named(name, tmp_path, refuses):
         ModelFolder.open(tmp_path)
 
 
+def test_a_bias_of_the_output_projection_is_refused_unless_it_is_zero(tmp_path, refuses):
+    model = build(transformer(vocab_size=61, dim=48, layers=1, heads=4, qkv_bias=True))
+    save_model(tmp_path, model, layout="llama")
+    file, name = tmp_path / "model.safetensors", "model.layers.0.self_attn.o_proj.bias"
+    tensors = load_file(file)
+    save_file(tensors | {name: torch.zeros(48)}, file)
+    load(tmp_path)
+    save_file(tensors | {name: torch.eye(48)[3]}, file)
+    with refuses(f"{name} is not zero"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [(retnet(vocab_size=9, dim=16, layers=2, heads=2), "llama has attention only"),
      (transformer(vocab_size=9, dim=16, layers=2, heads=2, forget_gate=True), "forget_gate=False (this model: True)"),
-     (transformer(vocab_size=9, dim=16, layers=2, heads=2, attention_window=4, attention_sinks=2), "sinks=0")],
+     (transformer(vocab_size=9, dim=16, layers=2, heads=2, attention_window=4, attention_sinks=2), "sinks=0"),
+     (transformer(vocab_size=9, dim=16, layers=2, heads=2, qk_norm=True, qkv_bias=True), "qkv_bias=False")],
 )  # fmt: skip
 def test_what_it_cannot_express_is_named(config, words, tmp_path, refuses):
     with refuses(words):

@@ -23,6 +23,8 @@ ATTENDING: dict[str, ModelConfig] = {
     "grouped heads": transformer(**TINY | {"heads": 4}, kv_heads=2, qk_norm=True, rotary="interleaved"),
     "wide heads": transformer(**TINY, head_dim=48, rotary="none", tie_embeddings=True),
     "forget gate": transformer(**TINY, forget_gate=True),
+    "biases": transformer(**TINY | {"heads": 4}, kv_heads=2, qkv_bias=True),
+    "biases, forget gate": transformer(**TINY, qkv_bias=True, forget_gate=True),
     "window": transformer(**TINY, attention_window=8),
     "forget gate, window": transformer(**TINY, forget_gate=True, attention_window=8, rotary_base=500.0),
     "a window of one": transformer(**TINY, attention_window=1),

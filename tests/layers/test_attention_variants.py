@@ -22,6 +22,7 @@ VARIANTS = {
     "no-rotation": dict(rotary="none"),
     "interleaved": dict(rotary="interleaved"),
     "qk-norm": dict(qk_norm=True, kv_heads=2),
+    "qkv-bias": dict(qkv_bias=True, qk_norm=True, kv_heads=2),
     "forget-gate": dict(forget_gate=True),
     "window": dict(window=4),
     "window-1": dict(window=1),
@@ -55,8 +56,11 @@ def formula(layer: Attention, x: torch.Tensor) -> torch.Tensor:
     angle = torch.tensor([[t * 10000.0**-p for p in powers] for t in range(T)], dtype=x.dtype)
     turn = torch.polar(torch.ones_like(angle), angle * (c.rotary != "none"))
 
+    def projected(proj):
+        return x @ proj.weight.T + (proj.bias if c.qkv_bias else 0)
+
     def feature(proj, heads, h, norm):
-        y = (x @ proj.weight.T).unflatten(-1, (heads, K))[:, :, h * heads // H]
+        y = projected(proj).unflatten(-1, (heads, K))[:, :, h * heads // H]
         if norm is not None:
             y = y / (y.square().mean(-1, keepdim=True) + EPS).sqrt() * norm.weight
         pairs = y.unflatten(-1, (2, -1)).mT if half else y.unflatten(-1, (-1, 2))
@@ -68,7 +72,7 @@ def formula(layer: Attention, x: torch.Tensor) -> torch.Tensor:
     for h in range(H):
         q = feature(layer.q_proj, H, h, layer.q_norm)
         k = feature(layer.k_proj, c.kv_heads, h, layer.k_norm)
-        v = (x @ layer.v_proj.weight.T).unflatten(-1, (c.kv_heads, K))[:, :, h * c.kv_heads // H]
+        v = projected(layer.v_proj).unflatten(-1, (c.kv_heads, K))[:, :, h * c.kv_heads // H]
         scores = q @ k.mT / math.sqrt(K)
         if c.forget_gate:
             since = torch.sigmoid(x @ layer.forget_proj.weight[h] + layer.forget_proj.bias[h]).log().cumsum(1)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from retentive.models import ARCHITECTURES, PRESETS, build, retnet, transformer, twin
+from retentive.models import ARCHITECTURES, PRESETS, ModelConfig, build, retnet, transformer, twin
+from retentive.models.config import LATER
 
 
 def parameters(config) -> int:
@@ -161,3 +162,13 @@ def test_unknown_sizes_and_fields(refuses):
         retnet("2b", vocab_size=10)
     with refuses("a RetNet has no field depth, width"):
         retnet("1m", vocab_size=10, width=3, depth=4)
+
+
+def test_newer_fields_are_written_only_if_set():
+    """Files and fingerprints of models without them stay as an earlier version wrote them."""
+    plain, biased = transformer(dim=16, heads=2, layers=2), transformer(dim=16, heads=2, layers=2, qkv_bias=True)
+    (block,) = plain.written()["blocks"]
+    assert not set(LATER) & set(block["mixer"])
+    (block,) = biased.written()["blocks"]
+    assert block["mixer"]["qkv_bias"] is True
+    assert ModelConfig.read(plain.written()) == plain and ModelConfig.read(biased.written()) == biased

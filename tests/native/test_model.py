@@ -39,6 +39,8 @@ TRANSFORMERS = {
     "grouped": dict(heads=4, kv_heads=2, qk_norm=True, head_dim=20),
     "one-kv-head": dict(dim=96, heads=12, kv_heads=1, rotary="interleaved"),
     "forget-gate": dict(forget_gate=True),
+    "qkv-bias": dict(qkv_bias=True, heads=6, kv_heads=3, head_dim=10),
+    "qkv-bias-gate": dict(qkv_bias=True, qk_norm=True, forget_gate=True, attention_window=7),
     "window": dict(attention_window=7),
     "wide-window": dict(attention_window=150, kv_heads=1, rotary="none"),
     "window-gate": dict(dim=64, attention_window=20, forget_gate=True),

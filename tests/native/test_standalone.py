@@ -57,6 +57,8 @@ TRANSFORMERS = {
     "transformer-bfloat16": dict(heads=4, kv_heads=2, qk_norm=True),
     "transformer-int4": dict(ffn_dim=50, head_dim=20, tie_embeddings=True),
     "forget-gate": dict(forget_gate=True, rotary="none"),
+    "qkv-bias": dict(qkv_bias=True, heads=6, kv_heads=3, head_dim=10),
+    "qkv-bias-int8": dict(qkv_bias=True, forget_gate=True),
     "window": dict(attention_window=9, rotary="interleaved", rotary_base=500_000.0),
     "window-gate": dict(attention_window=20, forget_gate=True),
     "sinks": dict(attention_window=6, attention_sinks=3),
