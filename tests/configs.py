@@ -6,6 +6,9 @@ from typing import Any
 from retentive.models import ModelConfig
 from retentive.models.presets import ATTENTION, FEED_FORWARD, RETENTION
 
+ATTENTION = ATTENTION | {"rotary_scaling": ("rotary_scaling", Any)}
+"""Fields of attention, with the one that no name of a model takes."""
+
 
 def changed(config: ModelConfig, *, layers: int = 0, **fields: Any) -> ModelConfig:
     """Returns the config with fields changed in all blocks that have them, named as for `retnet` and `transformer`."""

@@ -7,6 +7,7 @@ from torch import Tensor
 from retentive.checkpoint.keys import flip, refuse, rename, require
 from retentive.layers.config import AttentionConfig, FeedForwardConfig
 from retentive.models import BlockConfig, ModelConfig
+from retentive.ops.rotary import Scaling
 
 TABLE = [
     ("embed.weight", "model.embed_tokens.weight"),
@@ -59,8 +60,6 @@ def read_config(config: dict) -> ModelConfig:
     kind = config["model_type"]
     refuse(config, kind, **{"attention_bias": False} if kind == "mistral" else {}, mlp_bias=False, pretraining_tp=1)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if (found := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        raise ValueError(f"{kind} config has rope scaling {found!r} (supported: default)")
     activation = config.get("hidden_act", "silu")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{kind} config has hidden_act={activation!r} (supported: {', '.join(ACTIVATIONS)})")
@@ -72,6 +71,7 @@ def read_config(config: dict) -> ModelConfig:
         head_dim=config.get("head_dim", 128 if kind == "qwen3" else 0) or 0,
         rotary="half",
         rotary_base=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+        rotary_scaling=_scaling(config, rope),
         qk_norm=kind == "qwen3",
         qkv_bias=kind == "qwen2" or (kind in BIASED and bool(config.get("attention_bias"))),
         window=_window(config),
@@ -85,6 +85,34 @@ def read_config(config: dict) -> ModelConfig:
         norm_eps=eps,
         tie_embeddings=config.get("tie_word_embeddings", False),
     )
+
+
+def _scaling(config: dict, rope: dict) -> Scaling | None:
+    """Returns the rope scaling, of the fields `rope`; raises ValueError if it is not supported."""
+    kind, found = config["model_type"], rope.get("rope_type", rope.get("type", "default"))
+    if found not in ("default", "linear", "llama3"):
+        raise ValueError(f"{kind} config has rope scaling {found!r} (supported: default, linear, llama3)")
+    for fields in (config, rope):
+        refuse(fields, kind, partial_rotary_factor=1.0)
+    if found == "default":
+        return None
+    factor = float(rope["factor"])
+    if found == "linear":
+        return Scaling(factor)
+    original = rope.get("original_max_position_embeddings") or config.get("max_position_embeddings", 2048)
+    return Scaling(factor, float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), original)
+
+
+def _written_scaling(scaling: Scaling | None) -> dict[str, Any]:
+    """Returns the fields of their config.json for a rope scaling."""
+    if scaling is None:
+        return {}
+    rope: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if not scaling.original:
+        return {"rope_scaling": rope}
+    rope |= {"low_freq_factor": scaling.low, "high_freq_factor": scaling.high}
+    rope |= {"original_max_position_embeddings": scaling.original}
+    return {"rope_scaling": rope, "max_position_embeddings": int(scaling.original * scaling.factor)}
 
 
 def _window(config: dict) -> int | None:
@@ -128,6 +156,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": config.blocks[0].ffn.width,
         "hidden_act": "silu" if config.blocks[0].ffn.activation == "swish" else "gelu",
         "rope_theta": c.rotary_base,
+        **_written_scaling(c.rotary_scaling),
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         **({} if kind == "llama" else {"sliding_window": c.window, **windowed}),

@@ -66,11 +66,12 @@ class Attention(nn.Module):
         """Computes phases for these positions, once for all layers."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         starts = [0] * len(positions.end) if positions.start is None else positions.start.tolist()
+        c = self.config
         cos, sin = rotary.phases(
-            positions.of_token, self.K, self.config.rotary, base=self.config.rotary_base, dtype=wide
+            positions.of_token, self.K, c.rotary, base=c.rotary_base, scaling=c.rotary_scaling, dtype=wide
         )
         # The gates' sums enter SDPA's products unscaled, so q is scaled here, before it is rounded to its dtype.
-        q_scale = cos.new_full((1, self.H), self.K**-0.5) if self.config.forget_gate else None
+        q_scale = cos.new_full((1, self.H), self.K**-0.5) if c.forget_gate else None
         return Phases(cos, sin, starts, q_scale)
 
     def forward(

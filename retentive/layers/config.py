@@ -150,6 +150,8 @@ class AttentionConfig:
     """Pairs and angles of the rotation: half (Llama), interleaved, or none."""
     rotary_base: float = 10000.0
     """Base of the rotation angles (rope theta)."""
+    rotary_scaling: rotaries.Scaling | None = None
+    """Smaller angles for texts longer than those of the first training (rope scaling); None (null): as they are."""
     qk_norm: bool = False
     """RMSNorm with a gain over each head's q and k, before rotation."""
     qkv_bias: bool = False
@@ -179,6 +181,10 @@ class AttentionConfig:
         if self.head_dim % 2:
             raise ValueError(f"the head dim must be even for the rotation, got {self.head_dim}: change dim or heads")
         check_rotation(self)
+        if isinstance(self.rotary_scaling, dict):  # JSON
+            fill(self, "rotary_scaling", rotaries.Scaling(**self.rotary_scaling))
+        if not isinstance(self.rotary_scaling, rotaries.Scaling | None):
+            raise ValueError(f"rotary_scaling must be its fields or null, got {self.rotary_scaling!r}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"the window must be at least 1 token, or null for all before it, got {self.window}")
         if self.sinks < 0:

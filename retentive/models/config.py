@@ -25,7 +25,7 @@ Mixer = RetentionConfig | AttentionConfig
 """Config of a layer that mixes tokens."""
 MIXERS: dict[str, type[Mixer]] = {RetentionConfig.kind: RetentionConfig, AttentionConfig.kind: AttentionConfig}
 """Mixers by name in config.json."""
-LATER = ("qkv_bias",)
+LATER = ("qkv_bias", "rotary_scaling")
 """Fields of mixers newer than version 0.5.0. They are written only if set, so that the files and fingerprints of all
 other models stay as they were."""
 

@@ -136,11 +136,12 @@ class Packed:
         for mixer in mixers:
             c = mixer.config
             decays = tuple(c.log_decay()) if c.kind == "retention" and c.score_norm else ()
-            keys.append((mixer.K, mixer.H, c.rotary, c.rotary_base, decays))
+            scaling = c.rotary_scaling if c.kind == "attention" else None
+            keys.append((mixer.K, mixer.H, c.rotary, c.rotary_base, scaling, decays))
         unique, at = list(dict.fromkeys(keys)), 0
         turns = (Turn * len(unique))()
-        for turn, (K, H, rotary, base, decays) in zip(turns, unique, strict=True):
-            turning = frequencies(K, rotary, base=base).tolist() if rotary != "none" else []
+        for turn, (K, H, rotary, base, scaling, decays) in zip(turns, unique, strict=True):
+            turning = frequencies(K, rotary, base=base, scaling=scaling).tolist() if rotary != "none" else []
             turn.K, turn.H, turn.halves, turn.row_norm, turn.at = K, H, rotary == "half", bool(decays), at
             turn.frequency, turn.log_decay, at = self._doubles(turning), self._doubles(decays), at + K + H
         size = ctypes.sizeof(Turn)

@@ -11,11 +11,21 @@ from retentive.checkpoint.quantize import quantize
 from retentive.infer.generate import generate
 from retentive.models import build, retnet, transformer
 from retentive.native import NativeModel
+from retentive.ops.rotary import frequencies, phases
 
 SMALL = dict(
     vocab_size=61, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     intermediate_size=80, max_position_embeddings=512, rms_norm_eps=1e-5,
 )  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+"""Rope scaling of Llama 3.1 for a first training on texts so short that all three kinds of angles are among those of
+12 features."""
 MODELS = {
     "llama": dict(rope_theta=500_000.0),
     "llama-tied-all-heads": dict(tie_word_embeddings=True, num_key_value_heads=4),
@@ -23,6 +33,9 @@ MODELS = {
     "mistral": dict(sliding_window=None),
     "mistral-window": dict(sliding_window=9),
     "llama-biases": dict(attention_bias=True),
+    "llama-linear": dict(rope={"rope_type": "linear", "factor": 4.0}),
+    "llama-llama3": dict(rope=LLAMA3),
+    "qwen2-linear": dict(rope={"rope_type": "linear", "factor": 2.5}),
     "qwen2": dict(tie_word_embeddings=True),
     "qwen2-window": dict(use_sliding_window=True, sliding_window=9, max_window_layers=0),
     "qwen3": dict(head_dim=16, use_sliding_window=False),
@@ -36,12 +49,12 @@ def theirs(request, tmp_path_factory):
     kind = request.param.partition("-")[0]
     name = kind.capitalize()
     fields = dict(SMALL, **MODELS[request.param])
-    theta = fields.pop("rope_theta", 10_000.0)
+    theta, rope = fields.pop("rope_theta", 10_000.0), fields.pop("rope", {"rope_type": "default"})
     config = getattr(transformers, f"{name}Config")(**fields)
     if hasattr(config, "rope_parameters"):  # from version 5 on
-        config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+        config.rope_parameters = {**rope, "rope_theta": theta}
     else:
-        config.rope_theta = theta
+        config.rope_theta, config.rope_scaling = theta, rope if rope["rope_type"] != "default" else None
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():  # initial gains are all 1
@@ -62,6 +75,28 @@ def test_logits_are_the_librarys(theirs, same):
     assert ModelFolder.open(folder).layout == "llama" and tokenizer is None
     same(ours.double()(ids)[0], model.double()(ids).logits, 1e-6)  # its norms and angles are float32
     model.float()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rope", [LLAMA3, LLAMA3 | {"rope_type": "linear"}], ids=lambda rope: rope["rope_type"])
+def test_angles_are_the_librarys_beyond_the_original_length(rope, tmp_path, same):
+    """At positions up to 100,000 of 128 features, as in Llama 3.1; its angles are float32, so that theirs are off."""
+    transformers = pytest.importorskip("transformers")
+    rope = rope | {"original_max_position_embeddings": 8192, "rope_theta": 500_000.0}
+    fields = SMALL | dict(head_dim=128, max_position_embeddings=131_072)
+    config = transformers.LlamaConfig(**fields, rope_parameters=rope)
+    config.save_pretrained(tmp_path)
+    theirs = transformers.LlamaForCausalLM(config).model.rotary_emb.inv_freq
+    c = ModelFolder.open(tmp_path).config.attention
+    ours = frequencies(128, c.rotary, base=c.rotary_base, scaling=c.rotary_scaling)
+    assert c.rotary_scaling.kind == rope["rope_type"]
+    plain = frequencies(128, c.rotary, base=c.rotary_base)
+    assert len((plain / ours).round(decimals=3).unique()) > (1 if c.rotary_scaling.original else 0)
+    same(theirs.double() / ours, torch.ones(64).double(), 1e-6)  # some roundings of float32
+    at = torch.tensor([8191, 8192, 40_000, 100_000])
+    cos, sin = phases(at, 128, c.rotary, base=c.rotary_base, scaling=c.rotary_scaling)
+    angle = at[:, None] * theirs.double()
+    same((cos, sin), (angle.cos().float(), angle.sin().float()), 1e-6 * float(angle.max()))
 
 
 @torch.no_grad()
@@ -107,8 +142,11 @@ def test_missing_fields_have_the_librarys_defaults(kind, wanted, tmp_path):
 
 
 REFUSED = {
-    "scaled": (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope scaling 'llama3'"),
-    "old-scaled": (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope scaling 'linear'"),
+    "scaled": (dict(rope_scaling={"rope_type": "yarn", "factor": 8.0}), "rope scaling 'yarn'"),
+    "old-scaled": (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope scaling 'dynamic'"),
+    "scaled-by-nothing": (dict(rope_scaling={"type": "linear"}), "it has no 'factor'"),
+    "scaled-by-0": (dict(rope_scaling={"type": "linear", "factor": 0}), "rotary_scaling needs a factor above 0"),
+    "half-of-the-features": (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5 (supported: 1.0)"),
     "biases": (
         dict(model_type="mistral", attention_bias=True, mlp_bias=True),
         "attention_bias=True (supported: False), mlp_bias=True",

@@ -18,6 +18,8 @@ from retentive.native import NativeModel, refused, with_engine
 from retentive.native.library import library
 from retentive.native.threads import Pace
 from retentive.ops.compiler import NotBuilt
+from retentive.ops.rotary import Scaling
+from tests.configs import changed as config_with
 from tests.configs import stacked
 
 pytestmark = pytest.mark.skipif(isinstance(library(), NotBuilt), reason=str(library()))
@@ -56,6 +58,8 @@ HYBRIDS = {
 FAMILIES = ((retnet, RETNETS), (transformer, TRANSFORMERS), (hybrid, HYBRIDS))
 CONFIGS = {name: make(**SMALL | fields) for make, models in FAMILIES for name, fields in models.items()}
 CONFIGS["stacked"] = stacked(CONFIGS["hybrid-window"])
+CONFIGS["slower-angles"] = config_with(transformer(**SMALL, kv_heads=1), rotary_scaling=Scaling(8.0, 1.0, 4.0, 16))
+CONFIGS["slower-angles-in-pairs"] = config_with(transformer(**SMALL, rotary="interleaved"), rotary_scaling=Scaling(4.0))
 """Every kind of block; some of these models have several, of different shapes."""
 LONG = 300
 """Tokens of a long prompt: several chunks of positions, and more than pass through the layers together."""

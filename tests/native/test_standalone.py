@@ -20,6 +20,8 @@ from retentive.infer.memory import ABOUT, blank, load_memory, save, tensors
 from retentive.models import ARCHITECTURES, build, hybrid, load_state, retnet, transformer
 from retentive.native.library import FOLDER, OPS
 from retentive.ops.compiler import FLAGS, LINK
+from retentive.ops.rotary import Scaling
+from tests.configs import changed as config_with
 from tests.configs import stacked
 
 HERE = Path(__file__).parent
@@ -73,6 +75,12 @@ MODELS = {
     for name, fields in models.items()
 }
 MODELS["stacked"] = stacked(MODELS["hybrid-int8"])
+
+WIDE_HEADS = transformer(**SMALL | dict(heads=1, layers=3))
+MODELS["slower-angles"] = config_with(WIDE_HEADS, rotary_scaling=Scaling(8.0, 1.0, 4.0, 16))
+MODELS["slower-angles-in-some"] = replace(  # turns that are shared by two layers of three
+    WIDE_HEADS, blocks=(*WIDE_HEADS.blocks[:2], config_with(WIDE_HEADS, rotary_scaling=Scaling(4.0)).blocks[0])
+)
 
 
 @pytest.fixture(scope="session")

@@ -102,6 +102,18 @@ static const double *decays_of(Folder *f, const Json *mixer, i64 H) {
 
 static int same_numbers(const double *a, const double *b, i64 n) { return a == b || (a && b && !memcmp(a, b, n * 8)); }
 
+/* Smaller angles of pairs, for longer texts: `Scaling` of ops/rotary.py. */
+static void slow_down(Folder *f, const Json *scaling, double *frequency, i64 count) {
+    double factor = number_of(f, scaling, "factor"), original = number_of(f, scaling, "original");
+    double low = number_of(f, scaling, "low"), high = number_of(f, scaling, "high");
+    expect(f, factor > 0 && (original == 0 || low < high));
+    for (i64 i = 0; i < count && !f->bad; i++) {
+        double turns = frequency[i] * original / (2 * 3.14159265358979323846);
+        double kept = original > 0 ? fmin(fmax((turns - low) / (high - low), 0), 1) : 0;
+        frequency[i] *= kept + (1 - kept) / factor;
+    }
+}
+
 /* the layer's turn: that of an earlier layer which agrees in everything, or a new one */
 static void turn_of(Folder *f, const Json *mixer, const char *rotary, const double *log_decay, Layer *layer) {
     static const char *const turns[] = {"none", "interleaved", "half", NULL};
@@ -111,6 +123,8 @@ static void turn_of(Folder *f, const Json *mixer, const char *rotary, const doub
     if (f->bad) return;
     for (i64 i = 0; frequency && i < half; i++)
         frequency[i] = pow(base, -(turn == 2 ? (double)i / half : half > 1 ? (double)i / (half - 1) : 0));
+    const Json *scaling = item(mixer, "rotary_scaling");
+    if (frequency && scaling && scaling->type != NOTHING) slow_down(f, scaling, frequency, half);
     Turn own = {layer->K, layer->H, turn == 2, log_decay != NULL, turn_floats(m), frequency, log_decay};
     i64 i = 0;
     for (; i < m->turns; i++) {
