@@ -63,8 +63,7 @@ def _phases(graph: Graph, c: Mixer, K: int, at: Positions) -> dict[str, str]:
         return {}
     # float64 products, of which whole turns are taken away: at position 10^6 a float32 one would be off by 0.06
     turned = graph.add("Cast", graph.add("Reshape", at.of_token, graph.numbers(-1, 1)), to=11)
-    scaling = c.rotary_scaling if isinstance(c, AttentionConfig) else None
-    frequency = rotary.frequencies(K, c.rotary, base=c.rotary_base, scaling=scaling)
+    frequency = rotary.frequencies(K, c.rotary, base=c.rotary_base, scaling=c.rotary_scaling)
     angle = graph.add("Mul", turned, graph.constant(frequency[None]))
     angle = graph.add("Cast", graph.add("Mod", angle, graph.constant(np.float64(2 * np.pi)), fmod=1), to=1)
     count = graph.add("Squeeze", graph.add("Size", "input_ids"))

@@ -37,6 +37,8 @@ class RetentionConfig:
 
     kind: ClassVar[str] = "retention"
     """Name of this mixer in config.json and in the names of weights."""
+    rotary_scaling: ClassVar[None] = None
+    """Only attention has smaller angles for longer texts."""
     dim: int = 256
     """Model width D."""
     heads: int = 4

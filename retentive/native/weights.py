@@ -136,8 +136,7 @@ class Packed:
         for mixer in mixers:
             c = mixer.config
             decays = tuple(c.log_decay()) if c.kind == "retention" and c.score_norm else ()
-            scaling = c.rotary_scaling if c.kind == "attention" else None
-            keys.append((mixer.K, mixer.H, c.rotary, c.rotary_base, scaling, decays))
+            keys.append((mixer.K, mixer.H, c.rotary, c.rotary_base, c.rotary_scaling, decays))
         unique, at = list(dict.fromkeys(keys)), 0
         turns = (Turn * len(unique))()
         for turn, (K, H, rotary, base, scaling, decays) in zip(turns, unique, strict=True):
