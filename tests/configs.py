@@ -6,8 +6,8 @@ from typing import Any
 from retentive.models import ModelConfig
 from retentive.models.presets import ATTENTION, FEED_FORWARD, RETENTION
 
-ATTENTION = ATTENTION | {"rotary_scaling": ("rotary_scaling", Any)}
-"""Fields of attention, with the one that no name of a model takes."""
+ATTENTION = ATTENTION | {name: (name, Any) for name in ("rotary_scaling", "moving_sinks")}
+"""Fields of attention, with those that no name of a model takes."""
 
 
 def changed(config: ModelConfig, *, layers: int = 0, **fields: Any) -> ModelConfig:

@@ -165,6 +165,9 @@ class AttentionConfig:
     """Number of tokens that a token attends to, itself included, in a cache of constant size; None (null): all."""
     sinks: int = 0
     """Attention sinks: the first tokens of a text, seen by every token beside its window (arXiv 2309.17453)."""
+    moving_sinks: bool = False
+    """Let the sinks stand right before the window in a longer text, as the same paper does: their distance, in the
+    rotation, then stays one that a model trained on shorter texts knows."""
     norm_eps: float = 1e-6
     """Epsilon of every norm."""
 
@@ -195,6 +198,8 @@ class AttentionConfig:
             raise ValueError(
                 f"sinks {self.sinks} without a window, where all tokens are seen: set window, or sinks to 0"
             )
+        if self.moving_sinks and not self.sinks:
+            raise ValueError("moving_sinks without sinks: set sinks, or moving_sinks to False")
         if self.sinks and self.forget_gate:
             raise ValueError(f"sinks {self.sinks} with forget_gate, whose older gates a window loses: set one of them")
         if self.forget_gate and self.kv_heads != self.heads:

@@ -26,7 +26,7 @@ Mixer = RetentionConfig | AttentionConfig
 """Config of a layer that mixes tokens."""
 MIXERS: dict[str, type[Mixer]] = {RetentionConfig.kind: RetentionConfig, AttentionConfig.kind: AttentionConfig}
 """Mixers by name in config.json."""
-LATER = ("qkv_bias", "rotary_scaling")
+LATER = ("qkv_bias", "rotary_scaling", "moving_sinks")
 """Fields of mixers newer than version 0.5.0. They are written only if set, so that the files and fingerprints of all
 other models stay as they were."""
 
@@ -225,7 +225,10 @@ def _windowed(block: BlockConfig, window: int, sinks: int | None) -> BlockConfig
     mixer = block.mixer
     if not isinstance(mixer, AttentionConfig):
         return block
-    limited = replace(mixer, window=window, sinks=mixer.sinks if sinks is None else sinks)
+    sinks = mixer.sinks if sinks is None else sinks
+    # a layer that was trained with sinks keeps their distances; others know none beyond the texts of their training
+    moving = bool(sinks) and (mixer.moving_sinks or not mixer.sinks)
+    limited = replace(mixer, window=window, sinks=sinks, moving_sinks=moving)
     return replace(block, mixer=limited) if mixer.window is None or window <= mixer.window else block
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from retentive.layers.quantized import Quantized
 from retentive.models import LanguageModel
 from retentive.native.library import KINDS, Layer, Matrix, Model, Turn, library
-from retentive.ops.rotary import frequencies
+from retentive.ops.rotary import frequencies, phases
 
 ROWS, LINE = 16, 64
 """Rows of a panel and bytes of its lines, as in c/weights.h."""
@@ -170,10 +170,16 @@ class Packed:
     def _attention(self, mixer: Any, c: Any) -> dict[str, Any]:
         return dict(
             V=mixer.K, gated=c.forget_gate, decay_scale=1.0, window=c.window or 0, sinks=c.sinks,
-            decay_bias=self._vector(mixer.forget_proj, "bias"),
+            decay_bias=self._vector(mixer.forget_proj, "bias"), far_turn=self._far_turn(c) if c.moving_sinks else None,
             in_bias=self._biases([mixer.q_proj, mixer.k_proj, mixer.v_proj]) if c.qkv_bias else None,
             in_=self._matrix([mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.forget_proj]),
         )  # fmt: skip
+
+    def _far_turn(self, c: Any) -> int:
+        """Address of cos and sin at the position from which moving sinks are seen in a long text."""
+        last, how = torch.tensor(c.slots - 1), {"base": c.rotary_base, "scaling": c.rotary_scaling}
+        numbers = torch.cat(phases(last, c.head_dim, c.rotary, **how)).tolist()
+        return self._kept((ctypes.c_float * len(numbers))(*numbers))
 
     def _feed_forward(self, block: Any, c: Any) -> dict[str, Any]:
         return dict(

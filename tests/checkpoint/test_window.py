@@ -51,7 +51,7 @@ def with_config(model, config):
 
 def stored(model):
     """The same weights with a window in the config, as a user would write it."""
-    return with_config(model, changed(model.config, attention_window=WINDOW, attention_sinks=SINKS))
+    return with_config(model, changed(model.config, attention_window=WINDOW, attention_sinks=SINKS, moving_sinks=True))
 
 
 FOLDERS = {
@@ -174,6 +174,11 @@ def test_smaller_windows_stay_and_sinks_are_kept_unless_given():
     assert [(m.window, m.sinks) for m in both.with_window(6, 3).mixers] == [(6, 3), (4, 0)]
     assert [(m.window, m.sinks) for m in both.with_window(9, 0).mixers] == [(9, 0), (4, 0)]
     assert both.with_window(None) is both
+    # sinks of the training keep their distances, others move
+    assert [m.moving_sinks for m in both.with_window(6, 3).mixers] == [False, False]
+    moving = CONFIGS["transformer"].with_window(6, 3)
+    assert all(m.moving_sinks for m in (*moving.mixers, *moving.with_window(5).mixers))
+    assert not any(m.moving_sinks for m in (*moving.with_window(5, 0).mixers, *moving.with_window(6, 0).mixers))
 
 
 PEER = PeerConfig(kind="llama", vocab_size=9, dim=16, layers=1, heads=2, ffn_dim=16)

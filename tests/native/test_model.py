@@ -60,6 +60,8 @@ CONFIGS = {name: make(**SMALL | fields) for make, models in FAMILIES for name, f
 CONFIGS["stacked"] = stacked(CONFIGS["hybrid-window"])
 CONFIGS["slower-angles"] = config_with(transformer(**SMALL, kv_heads=1), rotary_scaling=Scaling(8.0, 1.0, 4.0, 16))
 CONFIGS["slower-angles-in-pairs"] = config_with(transformer(**SMALL, rotary="interleaved"), rotary_scaling=Scaling(4.0))
+for name in ("sinks", "many-sinks"):
+    CONFIGS[f"{name}-that-move"] = config_with(CONFIGS[name], moving_sinks=True)
 """Every kind of block; some of these models have several, of different shapes."""
 LONG = 300
 """Tokens of a long prompt: several chunks of positions, and more than pass through the layers together."""

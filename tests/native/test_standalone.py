@@ -81,6 +81,7 @@ MODELS["slower-angles"] = config_with(WIDE_HEADS, rotary_scaling=Scaling(8.0, 1.
 MODELS["slower-angles-in-some"] = replace(  # turns that are shared by two layers of three
     WIDE_HEADS, blocks=(*WIDE_HEADS.blocks[:2], config_with(WIDE_HEADS, rotary_scaling=Scaling(4.0)).blocks[0])
 )
+MODELS["moving-sinks"] = config_with(MODELS["sinks"], moving_sinks=True)
 
 
 @pytest.fixture(scope="session")

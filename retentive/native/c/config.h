@@ -137,6 +137,17 @@ static void turn_of(Folder *f, const Json *mixer, const char *rotary, const doub
     layer->turn = f->turns + i;
 }
 
+/* Cosines and sines at the position from which moving sinks are seen in a long text. */
+static const float *far_turn_of(Folder *f, const Layer *layer) {
+    i64 half = layer->K / 2, last = layer->sinks + layer->window - 1;
+    float *turn = keep(f, layer->K * 4);
+    for (i64 i = 0; turn && i < half; i++) {
+        double angle = layer->turn->frequency ? last * layer->turn->frequency[i] : 0;
+        turn[i] = (float)cos(angle), turn[half + i] = (float)sin(angle);
+    }
+    return turn;
+}
+
 static void retention_of(Folder *f, const Json *mixer, Layer *layer) {
     i64 H = layer->H, keys = whole_number_of(f, mixer, "key_dim"), values = whole_number_of(f, mixer, "value_dim");
     expect(f, H > 0 && keys % H == 0 && values % H == 0);
@@ -161,6 +172,7 @@ static void attention_of(Folder *f, const Json *mixer, const char *window, const
     layer->sinks = layer->window ? (i64)number_or(f, mixer, "sinks", 0) : 0;
     expect(f, layer->H == layer->kv || !layer->gated);
     if (!f->bad) turn_of(f, mixer, rotary, NULL, layer);
+    if (!f->bad && layer->sinks && number_or(f, mixer, "moving_sinks", 0)) layer->far_turn = far_turn_of(f, layer);
 }
 
 /* A layer of `kind`; where fields of the whole model are also the mixer's, as version 0.1.0 wrote them, `flat`. */
