@@ -6,6 +6,9 @@ from typing import Any
 from retentive.models import ModelConfig
 from retentive.models.presets import ATTENTION, FEED_FORWARD, RETENTION
 
+ATTENTION = ATTENTION | {name: (name, Any) for name in ("rotary_scaling", "moving_sinks")}
+"""Fields of attention, with those that no name of a model takes."""
+
 
 def changed(config: ModelConfig, *, layers: int = 0, **fields: Any) -> ModelConfig:
     """Returns the config with fields changed in all blocks that have them, named as for `retnet` and `transformer`."""

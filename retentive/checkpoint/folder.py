@@ -2,6 +2,7 @@
 
     folder = ModelFolder.open("runs/mine")      reads config.json once, here and nowhere else
     folder.config, folder.tokenizer, folder.template(tokenizer)
+    folder = folder.windowed(256, sinks=4)              a value with another config: its model has constant memory
     model = folder.model(dtype="bfloat16", adapter="runs/change")
 
 Layouts: our own, torchscale's, fla's and Llama's. Weights are read from safetensors only.
@@ -10,7 +11,7 @@ Layouts: our own, torchscale's, fla's and Llama's. Weights are read from safeten
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -64,6 +65,8 @@ class ModelFolder:
     """Adapter that the folder holds instead of a whole model; None for a whole model."""
     quantization: Quantization | None = None
     """Quantisation of the matrices; None if they are floats."""
+    limits: tuple[int | None, int | None] = (None, None)
+    """Window and sinks given to `windowed`, for the model that the adapter changes."""
 
     @staticmethod
     def open(path: "str | Path | ModelFolder") -> "ModelFolder":
@@ -83,6 +86,13 @@ class ModelFolder:
             folder, str(path), layout, config, _encoders_of(raw, folder), _adapter_of(raw, folder),
             _quantization_of(raw, folder),
         )  # fmt: skip
+
+    def windowed(self, window: int | None, sinks: int | None = None) -> "ModelFolder":
+        """Returns the folder with a window in the model's attention, for all that loads it; arguments and errors as
+        `ModelConfig.with_window`."""
+        config = self.config.with_window(window, sinks)
+        limits = window, self.limits[1] if sinks is None else sinks
+        return self if config is self.config else replace(self, config=config, limits=limits)
 
     # text
 
@@ -136,7 +146,7 @@ class ModelFolder:
                 f"{self.name} is an adapter of the model at {base}, which is not there: give that model, wherever it "
                 f"is, with {option('adapter', self.name)}"
             )
-        return ModelFolder.open(base)
+        return ModelFolder.open(base).windowed(*self.limits)
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns all tensors by their names in the files, in any layout; raises as `read_tensors`."""
@@ -212,9 +222,11 @@ def load(
     dtype: torch.dtype | str | None = None,
     adapter: str | Path | ModelFolder | None = None,
     weights: Weights = "stored",
+    window: int | None = None,
+    sinks: int | None = None,
 ) -> tuple[LanguageModel, Tokenizer | None]:
     """Returns (model in eval mode, tokenizer or None) of a folder; arguments and errors as `ModelFolder`'s methods."""
-    folder = ModelFolder.open(path)
+    folder = ModelFolder.open(path).windowed(window, sinks)
     change = None if adapter is None else ModelFolder.open(adapter)
     model = folder.model(device=device, dtype=dtype, adapter=change, weights=weights)
     return model, folder.tokenizer
@@ -262,7 +274,7 @@ def _config_of(raw: dict[str, Any], file: Path) -> tuple[Config, str]:
         raise ValueError(f"{file}: {error}") from None
     found = raw.get("model_type") or raw.get("architectures") or raw.get("format") or "nothing known"
     raise ValueError(
-        f"{file} describes {found!r}; expected a RetNet (retentive, torchscale, fla) or Llama, Mistral, Qwen3"
+        f"{file} describes {found!r}; expected a RetNet (retentive, torchscale, fla) or Llama, Mistral, Qwen2, Qwen3"
     )
 
 

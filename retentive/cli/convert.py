@@ -7,12 +7,13 @@ from typing import Annotated, Literal
 import tyro
 
 from retentive.checkpoint import ModelFolder, save_model
+from retentive.cli.loading import Limits
 from retentive.cli.parsing import parse
 from retentive.files import replace_folder
 
 
 @dataclass(frozen=True)
-class ConvertCommand:
+class ConvertCommand(Limits):
     """Read a model in any known layout (ours, torchscale's, fla's or Llama's; detected) and write it in another."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> None:
     # before loading, which is slow; `replace_folder` alone would replace the folder
     if command.out.exists():
         raise FileExistsError(f"{command.out} exists: choose another folder, nothing is overwritten")
-    source = ModelFolder.open(command.source)
+    source = command.limited(command.source)
     change = None if command.merge is None else ModelFolder.open(command.merge)
     model, template = source.model(adapter=change), (change or source).template_source
     replace_folder(

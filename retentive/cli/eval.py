@@ -41,7 +41,7 @@ class EvalCommand(Loading):
     max_length: int | None = None
     """Maximum tokens of a question; unlimited by default. In tasks that generate answers, a longer question loses its
     start."""
-    window: int | None = None
+    text_window: int | None = None
     """Tokens per window for the perplexity of texts, 2048 by default. Without it, --lm-eval reads whole texts."""
     contexts: tuple[int, ...] = ()
     """Context lengths in tokens, for texts and passkey: only the last tokens of each window are scored."""
@@ -74,7 +74,7 @@ def run(command: EvalCommand, typed: str) -> None:
         "shots",
         "limit",
         "max_length",
-        "window",
+        "text_window",
         "contexts",
         "last",
         "lm_eval",

@@ -8,13 +8,14 @@ from typing import Annotated, Literal
 import tyro
 from rich.filesize import decimal
 
+from retentive.cli.loading import Limits
 from retentive.cli.parsing import parse
 from retentive.cli.progress import say
 from retentive.export.folder import export
 
 
 @dataclass(frozen=True)
-class ExportCommand:
+class ExportCommand(Limits):
     """Write a model for another runtime, with its tokenizer and chat template, in a new folder."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> None:
 def run(command: ExportCommand) -> None:
     """Write it, and say how large it is and how close to the model."""
     how = {"weights": command.weights, "standard": command.standard, "tokenizer": command.tokenizer}
-    file, nbytes, off = export(command.source, command.to, command.out, **how)  # type: ignore[arg-type]
+    source = command.limited(command.source)
+    file, nbytes, off = export(source, command.to, command.out, **how)  # type: ignore[arg-type]
     checked = off is not None
     close = f"differ from torch's by {off:.1e} (relative)" if checked else "were not checked: no C compiler works here"
     say(f"{file}: {decimal(nbytes)}; the next token's logits {close}")

@@ -15,8 +15,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from retentive import machine, native
-from retentive.checkpoint import ModelFolder
 from retentive.checkpoint.quantize import Quantization
+from retentive.cli.loading import Limits
 from retentive.cli.parsing import parse
 from retentive.models import (
     ARCHITECTURES,
@@ -42,7 +42,7 @@ WIDE = 1000
 
 
 @dataclass(frozen=True)
-class InfoCommand:
+class InfoCommand(Limits):
     """Show architecture, parameters and FLOPs of a model, and its memory beside its Transformer twin."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
@@ -78,14 +78,16 @@ def show(console: Console, command: InfoCommand) -> None:
             f"({', '.join(NAMES)})"
         )
     elif command.run in PRESETS and not Path(command.run).exists():  # a folder may be called 5m
-        describe(console, retnet(command.run, vocab_size=command.vocab_size), f"size {command.run}")
+        config = retnet(command.run, vocab_size=command.vocab_size)
+        describe(console, config.with_window(command.window, command.sinks), f"size {command.run}")
     elif command.run in NAMES and not Path(command.run).exists():
         named: Any = config_of(command.run, command.size, vocab_size=command.vocab_size)
+        named = named.with_window(command.window, command.sinks)
         describe(console, named, f"architecture {command.run} in size {command.size}")
         if command.run in ARCHITECTURES:
             console.print("\n" + differences(named, command.size, command.vocab_size), markup=False, soft_wrap=True)
     else:
-        folder = ModelFolder.open(command.run)
+        folder = command.limited(command.run)
         describe(console, folder.config, f"{command.run} ({folder.layout} layout)", folder.quantization)
         for line in senses(folder.encoders, folder.config.dim):
             console.print(f"  {line}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Flags that verbs share: which model, and how to load it."""
+"""Flags that verbs share: which model, how to load it, and how much of a text its attention sees."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +16,23 @@ from retentive.native import with_engine
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loading:
+class Limits:
+    """Flags that limit how much of a text a model's attention sees."""
+
+    window: int | None = None
+    """Limit attention to this many last tokens, in all layers without a smaller window: memory stops growing, and
+    older tokens are no longer seen."""
+    sinks: int | None = None
+    """First tokens of a text that stay visible beside --window. A model trained without a window needs some, such as
+    4."""
+
+    def limited(self, run: str) -> ModelFolder:
+        """Return the folder of a model, with the window in its config."""
+        return ModelFolder.open(run).windowed(self.window, self.sinks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading(Limits):
     """Flags of a verb that loads a model."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
@@ -37,7 +53,7 @@ class Loading:
     @cached_property
     def folder(self) -> ModelFolder:
         """Folder of the model."""
-        return ModelFolder.open(self.run)
+        return self.limited(self.run)
 
     @cached_property
     def change(self) -> ModelFolder | None:

@@ -49,7 +49,7 @@ def run_tasks(
     *,
     shots: int = 0,
     limit: int | None = None,
-    window: int | None = None,
+    text_window: int | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Runs lm-eval's own tasks; returns (rows, records) like those of `score_likelihood_tasks`.
 
@@ -58,7 +58,7 @@ def run_tasks(
         folder: folder of the tasks' files.
         shots: answered examples before each question.
         limit: questions of each task.
-        window: tokens per window for texts; whole texts by default.
+        text_window: tokens per window for texts; whole texts by default.
 
     Raises:
         ImportError: the extra is missing.
@@ -79,7 +79,7 @@ def run_tasks(
                 f"lm-eval has no task {', '.join(unknown) or 'without a name'} (lm-eval ls tasks lists all)"
             )
         found = simple_evaluate(
-            model=native(model, tokenizer, window=window),
+            model=native(model, tokenizer, text_window=text_window),
             tasks=list(names),
             num_fewshot=shots,
             limit=limit,
@@ -113,8 +113,8 @@ def describe(names: list[str], folder: Path, out: Path) -> None:
         (out / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
 
 
-def native(model: LanguageModel, tokenizer: Tokenizer, *, window: int | None = None) -> Any:
-    """Returns an `lm_eval.api.model.LM` for `lm_eval.simple_evaluate(model=…)`. Texts are whole without `window`."""
+def native(model: LanguageModel, tokenizer: Tokenizer, *, text_window: int | None = None) -> Any:
+    """Returns an `lm_eval.api.model.LM` for `lm_eval.simple_evaluate(model=…)`; whole texts without `text_window`."""
     _library()  # raises an error that names the extra
     from lm_eval.api.model import LM
 
@@ -126,7 +126,7 @@ def native(model: LanguageModel, tokenizer: Tokenizer, *, window: int | None = N
             return answers
 
         def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-            return [rolling(model, tokenizer, request.args[0], window) for request in requests]
+            return [rolling(model, tokenizer, request.args[0], text_window) for request in requests]
 
         def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
             return [write(model, tokenizer, *request.args) for request in requests]

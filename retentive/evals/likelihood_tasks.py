@@ -38,7 +38,7 @@ def score_likelihood_tasks(
     shots: int = 0,
     limit: int | None = None,
     max_length: int | None = None,
-    window: int = WINDOW,
+    text_window: int = WINDOW,
     progress: Progress = lambda *_: None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Scores likelihood tasks; returns (a row for each task and metric, a record for each question).
@@ -49,7 +49,7 @@ def score_likelihood_tasks(
         shots: answered examples before each question.
         limit: questions of each task, from the start of its file.
         max_length: maximum tokens of a question; unlimited by default.
-        window: tokens per window, for texts read in windows.
+        text_window: tokens per window, for texts read in windows.
         progress: called with each task, its number of questions and how many are done.
 
     Raises:
@@ -60,20 +60,20 @@ def score_likelihood_tasks(
     for what, value, least in (("shots", shots, 0), ("limit", limit, 1), ("max_length", max_length, 2)):
         if value is not None and value < least:
             raise ValueError(f"{option(what, value)}: must be at least {least}")
-    if window < 2:
-        raise ValueError(f"{option('window', window)}: must be at least 2")
+    if text_window < 2:
+        raise ValueError(f"{option('text_window', text_window)}: must be at least 2")
     files = {name: find(name, folder) for name in known(names)}
     asked = {name: parse(TASKS[name], file, limit=limit, shots=shots) for name, file in files.items()}
     # parse and encode all files before scoring, so that errors come at once and not after an hour
     groups = {
-        name: list(_requests(TASKS[name], items, tokenizer, files[name], window, max_length))
+        name: list(_requests(TASKS[name], items, tokenizer, files[name], text_window, max_length))
         for name, items in asked.items()
     }
     rows, records = [], []
     for name, items in asked.items():
         progress(name, len(groups[name]), 0)
         found = score(model, groups[name], progress=partial(progress, name, len(groups[name])))
-        new = list(_records(TASKS[name], items, iter(found), window))
+        new = list(_records(TASKS[name], items, iter(found), text_window))
         rows += [{"task": name, "shots": shots, "n": len(new), **row} for row in summary(TASKS[name], new)]
         records += [{"task": name, **record} for record in new]
     return rows, records

@@ -37,7 +37,7 @@ def evaluate(
     shots: int = 0,
     limit: int | None = None,
     max_length: int | None = None,
-    window: int | None = None,
+    text_window: int | None = None,
     contexts: Sequence[int] = (),
     last: int = LAST,
     lm_eval: bool = False,
@@ -58,7 +58,8 @@ def evaluate(
         limit: questions of each task, from the start of its file.
         max_length: maximum tokens of a question; unlimited by default. Generation tasks cut off the start of a longer
             one; others refuse it.
-        window: tokens per window for the windowed perplexity of texts, 2048 by default; lm-eval reads whole texts then.
+        text_window: tokens per window for the windowed perplexity of texts, 2048 by default; lm-eval reads whole texts
+            then.
         contexts: context lengths in tokens; predicts the last tokens of windows of each length (texts, passkey).
         last: predicted tokens of each of these windows.
         lm_eval: run lm-eval's own tasks of these names, on the files in `data` if given, else from the hub.
@@ -78,16 +79,16 @@ def evaluate(
     folder = None if data is None else Path(data)
     if lm_eval and (max_length is not None or contexts):
         raise ValueError("`max_length` and `contexts` are for our own scorer; leave them out with `lm_eval`")
-    if contexts and (shots or max_length is not None or window is not None):
-        raise ValueError("`contexts` is for texts; leave out `shots`, `max_length` and `window`")
+    if contexts and (shots or max_length is not None or text_window is not None):
+        raise ValueError("`contexts` is for texts; leave out `shots`, `max_length` and `text_window`")
     replied = [name for name in names if kind_of(name) in KINDS]
     if folder is None and not (lm_eval or contexts):
         asked = names if replied else known(names)
         raise ValueError(f"`data` is needed: the folder that holds {', '.join(f'{name}.jsonl' for name in asked)}")
     if replied and len(replied) < len(names):
         raise ValueError(f"generation tasks ({', '.join(replied)}) exclude other tasks: use a call for each kind")
-    if replied and (lm_eval or contexts or shots or window is not None):
-        raise ValueError(f"{names[0]} takes no `shots`, `window`, `contexts` and `lm_eval`; leave them out")
+    if replied and (lm_eval or contexts or shots or text_window is not None):
+        raise ValueError(f"{names[0]} takes no `shots`, `text_window`, `contexts` and `lm_eval`; leave them out")
     opened = model if isinstance(model, LanguageModel) else ModelFolder.open(model)
     model, tokenizer = _loaded(opened, tokenizer)  # after all that can be refused without it
     if replied:
@@ -101,13 +102,13 @@ def evaluate(
     elif lm_eval:
         from retentive.evals.harness import run_tasks  # an extra, and slow to import
 
-        found = run_tasks(model, tokenizer, names, folder, shots=shots, limit=limit, window=window)
+        found = run_tasks(model, tokenizer, names, folder, shots=shots, limit=limit, text_window=text_window)
     elif contexts:
         found = score_contexts(model, tokenizer, names, folder, contexts, last=last, limit=limit, progress=progress)
     else:
         assert folder is not None
-        window = WINDOW if window is None else window
-        how = {"shots": shots, "limit": limit, "max_length": max_length, "window": window}
+        text_window = WINDOW if text_window is None else text_window
+        how = {"shots": shots, "limit": limit, "max_length": max_length, "text_window": text_window}
         found = score_likelihood_tasks(model, tokenizer, names, folder, **how, progress=progress)
     return Evaluation(*found)
 

@@ -41,9 +41,15 @@ class Exported(NamedTuple):
 
 
 def export(
-    source: str, to: str, out: Path, *, weights: str = "stored", standard: bool = False, tokenizer: str | None = None
+    source: str | Path | ModelFolder,
+    to: str,
+    out: Path,
+    *,
+    weights: str = "stored",
+    standard: bool = False,
+    tokenizer: str | None = None,
 ) -> Exported:
-    """Writes the model of a run or folder for another runtime, in a new folder, as a whole or not at all.
+    """Writes the model of a folder for another runtime, in a new folder, as a whole or not at all.
 
     Args:
         to: one of FILES.

@@ -63,7 +63,8 @@ def _phases(graph: Graph, c: Mixer, K: int, at: Positions) -> dict[str, str]:
         return {}
     # float64 products, of which whole turns are taken away: at position 10^6 a float32 one would be off by 0.06
     turned = graph.add("Cast", graph.add("Reshape", at.of_token, graph.numbers(-1, 1)), to=11)
-    angle = graph.add("Mul", turned, graph.constant(rotary.frequencies(K, c.rotary, base=c.rotary_base)[None]))
+    frequency = rotary.frequencies(K, c.rotary, base=c.rotary_base, scaling=c.rotary_scaling)
+    angle = graph.add("Mul", turned, graph.constant(frequency[None]))
     angle = graph.add("Cast", graph.add("Mod", angle, graph.constant(np.float64(2 * np.pi)), fmod=1), to=1)
     count = graph.add("Squeeze", graph.add("Size", "input_ids"))
     rows = graph.add("Range", graph.number(0), count, graph.number(1))
@@ -193,7 +194,11 @@ def attention(graph: Graph, layer: Any, h: str, i: int, tables: dict[str, str]) 
     c, H, K = layer.config, layer.H, layer.K
     layers = [x for x in (layer.q_proj, layer.k_proj, layer.v_proj, layer.forget_proj) if x is not None]
     widths = [H * K, c.kv_heads * K, c.kv_heads * K, *([H] if c.forget_gate else [])]
-    q, k, v, *gate = graph.add("Split", graph.matmul(h, *layers), graph.numbers(*widths), outputs=len(widths), axis=-1)
+    y = graph.matmul(h, *layers)
+    if c.qkv_bias:  # and none yet for the gate
+        biases = [x.bias.float() for x in layers[:3]]
+        y = graph.add("Add", y, graph.constant(torch.cat([*biases, torch.zeros(sum(widths[3:]))])))
+    q, k, v, *gate = graph.add("Split", y, graph.numbers(*widths), outputs=len(widths), axis=-1)
     q = _rotated(graph, _feature(graph, q, layer.q_norm, None, H, K, c.norm_eps), c.rotary, H, K, tables)
     k = _feature(graph, k, layer.k_norm, None, c.kv_heads, K, c.norm_eps)
     k = _rotated(graph, k, c.rotary, c.kv_heads, K, tables)

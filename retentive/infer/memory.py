@@ -126,7 +126,7 @@ def load_memory(path: str | Path, model: LanguageModel | None = None, expected: 
     if expected is not None and memory.model != expected:
         raise ValueError(
             f"{path} is the memory of another model (fingerprint {memory.model[:12]}, this one has {expected[:12]}): "
-            "use the model that wrote it, with the same `dtype`"
+            "use the model that wrote it, with the same `dtype`, `window` and `sinks`"
         )
     if model is not None:
         _check_fit(memory, model, path)

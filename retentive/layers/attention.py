@@ -2,7 +2,8 @@
 
 A strong modern baseline, computed by PyTorch's scaled_dot_product_attention. Source: Vaswani et al., arXiv 1706.03762;
 rotation as in Llama (`half`). With a window W, token i attends to tokens i - W + 1 to i (arXiv 2004.05150), and to the
-first tokens if there are sinks (StreamingLLM, arXiv 2309.17453). With a forget gate its score of token j is
+first tokens if there are sinks (StreamingLLM, arXiv 2309.17453). Moving sinks are seen by token i with a query turned
+as at position min(i, sinks + W - 1), so that their distance stops growing. With a forget gate its score of token j is
 
     q_i k_j / sqrt(K) + log f_{j+1} + … + log f_i        log f_t = log sigmoid(x_t Wf + b) of each head
 
@@ -36,6 +37,7 @@ class Phases(NamedTuple):
     sin: Tensor
     starts: list[int]  # [N], position of each sequence's first token; Python integers, to slice the cache's slots
     q_scale: Tensor | None  # [1, H]; None: SDPA scales the scores
+    far: tuple[Tensor, Tensor] | None  # cos and sin of queries for moving sinks; None: the same as of all others
 
 
 class Attention(nn.Module):
@@ -53,9 +55,9 @@ class Attention(nn.Module):
         self.config = c = config
         self.H, self.kv_heads, self.K = c.heads, c.kv_heads, c.head_dim
         self.window, self.sinks, self.slots = c.window or 0, c.sinks, c.slots
-        self.q_proj = nn.Linear(c.dim, self.K * c.heads, bias=False)
-        self.k_proj = nn.Linear(c.dim, self.K * c.kv_heads, bias=False)
-        self.v_proj = nn.Linear(c.dim, self.K * c.kv_heads, bias=False)
+        self.q_proj = nn.Linear(c.dim, self.K * c.heads, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.dim, self.K * c.kv_heads, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.dim, self.K * c.kv_heads, bias=c.qkv_bias)
         self.q_norm = RMSNorm(self.K, eps=c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(self.K, eps=c.norm_eps) if c.qk_norm else None
         self.forget_proj = nn.Linear(c.dim, c.heads) if c.forget_gate else None
@@ -66,17 +68,26 @@ class Attention(nn.Module):
         """Computes phases for these positions, once for all layers."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         starts = [0] * len(positions.end) if positions.start is None else positions.start.tolist()
+        c = self.config
         cos, sin = rotary.phases(
-            positions.of_token, self.K, self.config.rotary, base=self.config.rotary_base, dtype=wide
+            positions.of_token, self.K, c.rotary, base=c.rotary_base, scaling=c.rotary_scaling, dtype=wide
         )
         # The gates' sums enter SDPA's products unscaled, so q is scaled here, before it is rounded to its dtype.
-        q_scale = cos.new_full((1, self.H), self.K**-0.5) if self.config.forget_gate else None
-        return Phases(cos, sin, starts, q_scale)
+        q_scale = cos.new_full((1, self.H), self.K**-0.5) if c.forget_gate else None
+        far = None
+        if c.moving_sinks and int(positions.of_token.max()) >= self.slots:
+            last = positions.of_token.clamp(max=self.slots - 1)  # its distance to the sinks is the largest
+            far = rotary.phases(last, self.K, c.rotary, base=c.rotary_base, scaling=c.rotary_scaling, dtype=wide)
+        return Phases(cos, sin, starts, q_scale, far)
 
     def forward(
         self, x: Tensor, cache: Layer | None, positions: Positions, phases: Phases
     ) -> tuple[Tensor, Layer | None]:
-        q_BTHK = self._feature(self.q_proj(x), self.q_norm, phases, phases.q_scale)
+        y = self.q_proj(x)
+        q_BTHK = self._feature(y, self.q_norm, phases, phases.q_scale)
+        if phases.far is not None:  # a second query beside the first, for the sinks: see `_attend`
+            cos, sin = phases.far
+            q_BTHK = torch.cat((q_BTHK, self._feature(y, self.q_norm, phases._replace(cos=cos, sin=sin))), -1)
         k_BTHK = self._feature(self.k_proj(x), self.k_norm, phases)
         v_BTHK = self.v_proj(x).unflatten(-1, (self.kv_heads, self.K))
         new: Layer = (k_BTHK, v_BTHK)
@@ -121,21 +132,28 @@ class Attention(nn.Module):
         *,
         causal: bool = False,
         mask_BTS: Tensor | None = None,
+        sinks: int = 0,
     ) -> Tensor:
         """Calls SDPA for tensors with tokens before heads.
 
         Args:
+            q: `[B,T,H,K]`, or `[B,T,H,2K]` with a second query of each token for the sinks, if they move.
+            sinks: number of keys, the first ones, that are sinks.
             fade_BSH: added to all scores of a key: the sum of the log gates after it, up to one token common to all
                 queries. Any token will do, since adding a constant to a query's scores does not change its softmax.
         """
-        bias = None if mask_BTS is None else mask_BTS[:, None]
+        bias, scale = None if mask_BTS is None else mask_BTS[:, None], None
+        if q.shape[-1] > self.K:  # each key has zeros where it meets the other query
+            is_sink_S11 = (torch.arange(k.shape[1], device=k.device) < sinks)[:, None, None]
+            k = torch.cat((k.masked_fill(is_sink_S11, 0), k.masked_fill(~is_sink_S11, 0)), -1)
+            v, scale = F.pad(v, (0, self.K)), self.K**-0.5  # SDPA's fast paths need v as wide as k
         if fade_BSH is not None and q.shape[1] > 1:
             q, k, v = _with_columns(q, k, v, fade_BSH)
         elif fade_BSH is not None:  # one query: a bias is one row, while columns would copy all keys
             row_BHTS = fade_BSH.mT[:, :, None].to(q.dtype)
             bias, causal = row_BHTS if bias is None else row_BHTS.masked_fill(~bias, -torch.inf), False
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # SDPA expects heads before tokens
-        grouped, scale = self.kv_heads != self.H, None if fade_BSH is None else 1.0
+        grouped, scale = self.kv_heads != self.H, scale if fade_BSH is None else 1.0
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=grouped)
         return o.transpose(1, 2)[..., : self.K]
 
@@ -144,7 +162,7 @@ class Attention(nn.Module):
         most, T = self.slots, q.shape[1]
         if not most or most >= T:  # the first so many tokens see all before them
             k, v, *gates = new
-            return self._attend(q, k, v, *map(_after, gates), causal=True)
+            return self._attend(q[..., : self.K], k, v, *map(_after, gates), causal=True)
         first = self._whole(q[:, :most], tuple(x[:, :most] for x in new))
         return torch.cat((first, self._banded(q[:, most:], new)), 1)
 
@@ -176,7 +194,7 @@ class Attention(nn.Module):
         if s:
             k, v = (torch.cat((x[:, :s].repeat_interleave(N, 0), y), 1) for x, y in zip(laid, (k, v), strict=True))
             mask = torch.cat((first, mask), -1)
-        o = self._attend(blocks(q, W), k, v, *map(_after, gates), mask_BTS=mask)
+        o = self._attend(blocks(q, W), k, v, *map(_after, gates), mask_BTS=mask, sinks=s)
         return o.unflatten(0, (B, N)).flatten(1, 2)[:, :T]
 
     def _cached(
@@ -210,7 +228,7 @@ class Attention(nn.Module):
                 mask_BTS = (at_B1S >= 0) & (at_B1S <= p_BT1) & seen_BTS | (slot == slot_of(p_BT1, S, self.sinks))
         k, v, *gates = (x[:, :S] for x in cache)
         fades = [_after_in_slots(gate_BSH, positions.end[:, None], at_BS) for gate_BSH in gates]
-        return self._attend(q, k, v, *fades, mask_BTS=mask_BTS), cache
+        return self._attend(q, k, v, *fades, mask_BTS=mask_BTS, sinks=self.sinks), cache
 
     def _continued(self, q: Tensor, new: Layer, cache: Layer, spans: list[Span]) -> tuple[Tensor, Layer]:
         """Attends to the cache and to new tokens, and returns another cache: gradients pass through both."""
@@ -253,7 +271,7 @@ class Attention(nn.Module):
             key = torch.where(key < first, key - (first - sinks), key)
             mask_TS = (key <= query) & ((key > query - W) | (key < sinks)) if W else key <= query
             k, v, *gates = (x[:, first : P + j] if not sinks else x.index_select(1, key) for x in laid)
-            out.append(self._attend(q[:, i:j], k, v, *map(_after, gates), mask_BTS=mask_TS[None]))
+            out.append(self._attend(q[:, i:j], k, v, *map(_after, gates), mask_BTS=mask_TS[None], sinks=sinks))
         return torch.cat(out, 1)
 
     def _packed(
@@ -368,6 +386,8 @@ class Attention(nn.Module):
         for proj in (self.q_proj, self.k_proj, self.v_proj, self.forget_proj):
             if proj is not None:
                 nn.init.xavier_uniform_(proj.weight, gain=2**-2.5)
+                if proj.bias is not None:
+                    nn.init.zeros_(proj.bias)
         nn.init.xavier_uniform_(self.out_proj.weight, gain=0.5)
         if self.forget_proj is not None:
             log_kept = decays.log_decay("lm", self.H, dtype=torch.float64)

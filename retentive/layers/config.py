@@ -37,6 +37,8 @@ class RetentionConfig:
 
     kind: ClassVar[str] = "retention"
     """Name of this mixer in config.json and in the names of weights."""
+    rotary_scaling: ClassVar[None] = None
+    """Only attention has smaller angles for longer texts."""
     dim: int = 256
     """Model width D."""
     heads: int = 4
@@ -150,8 +152,12 @@ class AttentionConfig:
     """Pairs and angles of the rotation: half (Llama), interleaved, or none."""
     rotary_base: float = 10000.0
     """Base of the rotation angles (rope theta)."""
+    rotary_scaling: rotaries.Scaling | None = None
+    """Smaller angles for texts longer than those of the first training (rope scaling); None (null): as they are."""
     qk_norm: bool = False
     """RMSNorm with a gain over each head's q and k, before rotation."""
+    qkv_bias: bool = False
+    """Biases in the projections of q, k and v (Qwen2), before QK-norm."""
     forget_gate: bool = False
     """Forget gate: log sigmoids of a projection of each token, summed from key to query, lower the score
     (arXiv 2503.02130). Needs one key head per query head."""
@@ -159,6 +165,9 @@ class AttentionConfig:
     """Number of tokens that a token attends to, itself included, in a cache of constant size; None (null): all."""
     sinks: int = 0
     """Attention sinks: the first tokens of a text, seen by every token beside its window (arXiv 2309.17453)."""
+    moving_sinks: bool = False
+    """Let the sinks stand right before the window in a longer text, as the same paper does: their distance, in the
+    rotation, then stays one that a model trained on shorter texts knows."""
     norm_eps: float = 1e-6
     """Epsilon of every norm."""
 
@@ -177,6 +186,10 @@ class AttentionConfig:
         if self.head_dim % 2:
             raise ValueError(f"the head dim must be even for the rotation, got {self.head_dim}: change dim or heads")
         check_rotation(self)
+        if isinstance(self.rotary_scaling, dict):  # JSON
+            fill(self, "rotary_scaling", rotaries.Scaling(**self.rotary_scaling))
+        if not isinstance(self.rotary_scaling, rotaries.Scaling | None):
+            raise ValueError(f"rotary_scaling must be its fields or null, got {self.rotary_scaling!r}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"the window must be at least 1 token, or null for all before it, got {self.window}")
         if self.sinks < 0:
@@ -185,6 +198,8 @@ class AttentionConfig:
             raise ValueError(
                 f"sinks {self.sinks} without a window, where all tokens are seen: set window, or sinks to 0"
             )
+        if self.moving_sinks and not self.sinks:
+            raise ValueError("moving_sinks without sinks: set sinks, or moving_sinks to False")
         if self.sinks and self.forget_gate:
             raise ValueError(f"sinks {self.sinks} with forget_gate, whose older gates a window loses: set one of them")
         if self.forget_gate and self.kv_heads != self.heads:

@@ -20,11 +20,15 @@ from retentive.layers.config import (
     check_norm_eps,
     positive,
 )
+from retentive.options import option
 
 Mixer = RetentionConfig | AttentionConfig
 """Config of a layer that mixes tokens."""
 MIXERS: dict[str, type[Mixer]] = {RetentionConfig.kind: RetentionConfig, AttentionConfig.kind: AttentionConfig}
 """Mixers by name in config.json."""
+LATER = ("qkv_bias", "rotary_scaling", "moving_sinks")
+"""Fields of mixers newer than version 0.5.0. They are written only if set, so that the files and fingerprints of all
+other models stay as they were."""
 
 
 @dataclass(frozen=True)
@@ -161,12 +165,38 @@ class ModelConfig:
         wider = (replace(b, ffn=b.ffn and replace(b.ffn, width=b.ffn.width + more)) for b in self.blocks)
         return replace(self, blocks=tuple(wider))
 
+    def with_window(self, window: int | None, sinks: int | None = None) -> "ModelConfig":
+        """Returns the config with a window in all attention layers that have none or a larger one.
+
+        The weights fit as they are: the same layers see the last tokens only, and the state stops growing.
+
+        Args:
+            window: number of tokens that a token attends to, itself included; None: returns the config itself.
+            sinks: first tokens of a text that it attends to as well; None: as many as each layer had.
+
+        Raises:
+            ValueError: no layer attends, every window is smaller already, `sinks` without a window or beside a forget
+                gate, or a number is invalid.
+        """
+        if window is None:
+            if sinks is not None:
+                raise ValueError(f"{option('sinks', sinks)}: without a window all tokens are seen; give `window` too")
+            return self
+        if not self.attends:
+            raise ValueError(f"{option('window', window)}: a {self.name} has no attention to limit; leave it out")
+        blocks = tuple(_windowed(block, window, sinks) for block in self.blocks)
+        if all(new is old for new, old in zip(blocks, self.blocks, strict=True)):
+            most = max(m.window or 0 for m in self.mixers if isinstance(m, AttentionConfig))
+            raise ValueError(f"{option('window', window)}: the model has a window of {most}; give at most that")
+        return replace(self, blocks=blocks)
+
     def written(self) -> dict[str, Any]:
         """Returns the config as JSON; equal neighbouring blocks are written once."""
         raw = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "blocks"}
         blocks = []
         for block, equal in groupby(self.blocks):
-            mixer = {"kind": block.mixer.kind, **asdict(block.mixer)}
+            mixer = {name: value for name, value in asdict(block.mixer).items() if value or name not in LATER}
+            mixer = {"kind": block.mixer.kind, **mixer}
             blocks.append({"repeat": len(list(equal)), "mixer": mixer, "ffn": block.ffn and asdict(block.ffn)})
         return raw | {"blocks": blocks}
 
@@ -188,6 +218,18 @@ class ModelConfig:
             blocks += [BlockConfig(MIXERS[kind](**mixer), None if ffn is None else FeedForwardConfig(**ffn))] * repeat
             check_layers(len(blocks))
         return ModelConfig(**{**raw, "blocks": tuple(blocks)})
+
+
+def _windowed(block: BlockConfig, window: int, sinks: int | None) -> BlockConfig:
+    """Returns the block with the window; itself if it has a smaller one, or no attention."""
+    mixer = block.mixer
+    if not isinstance(mixer, AttentionConfig):
+        return block
+    sinks = mixer.sinks if sinks is None else sinks
+    # a layer that was trained with sinks keeps their distances; others know none beyond the texts of their training
+    moving = bool(sinks) and (mixer.moving_sinks or not mixer.sinks)
+    limited = replace(mixer, window=window, sinks=sinks, moving_sinks=moving)
+    return replace(block, mixer=limited) if mixer.window is None or window <= mixer.window else block
 
 
 def check_layers(layers: Any) -> None:

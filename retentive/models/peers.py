@@ -55,6 +55,12 @@ class PeerConfig:
         """Architecture, for display."""
         return self.kind
 
+    def with_window(self, window: int | None, sinks: int | None = None) -> "PeerConfig":
+        """Returns itself; raises ValueError for a window or sinks, since the library's models take none here."""
+        if window is not None or sinks is not None:
+            raise ValueError(f"`window` and `sinks` are of this package's models, this is one of {self.library}")
+        return self
+
     def written(self) -> dict[str, Any]:
         """Returns the config as JSON."""
         return asdict(self)

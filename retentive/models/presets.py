@@ -29,6 +29,7 @@ ATTENTION = {
     "rotary": ("rotary", str),
     "rotary_base": ("rotary_base", float),
     "qk_norm": ("qk_norm", bool),
+    "qkv_bias": ("qkv_bias", bool),
     "forget_gate": ("forget_gate", bool),
     "attention_window": ("window", int | None),
     "attention_sinks": ("sinks", int),

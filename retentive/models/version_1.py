@@ -12,7 +12,7 @@ from retentive.layers.config import AttentionConfig, FeedForwardConfig, Retentio
 from retentive.models.config import BlockConfig, ModelConfig, check_layers
 from retentive.models.presets import ARCHITECTURES, FEED_FORWARD, HYBRID, RETENTION, SHARED, hybrid, retnet
 
-NEW = ("rotary_base", "head_dim", "sinks")
+NEW = ("rotary_base", "head_dim", "sinks", "qkv_bias", "rotary_scaling", "moving_sinks")
 """Fields of mixers that version did not have."""
 TRANSFORMER = ("kv_heads", "rotary", "qk_norm", "forget_gate", "attention_window", "ffn_dim")
 """Fields of its Transformer beside those that all models share."""

@@ -32,7 +32,7 @@ class Layer(ctypes.Structure):
     _fields_ = [
         *struct("kind H kv K V F gate gate_activation gated normed_heads activation ffn_gate window sinks", ""),
         *struct("", "turn log_decay mixer_norm ffn_norm", real="eps decay_scale"),
-        *struct("", "q_norm k_norm q_bias k_bias decay_bias head_norm"),
+        *struct("", "q_norm k_norm q_bias k_bias decay_bias in_bias head_norm far_turn"),
         *((name, Matrix) for name in ("in_", "out", "up", "down")),
     ]
 

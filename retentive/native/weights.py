@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from retentive.layers.quantized import Quantized
 from retentive.models import LanguageModel
 from retentive.native.library import KINDS, Layer, Matrix, Model, Turn, library
-from retentive.ops.rotary import frequencies
+from retentive.ops.rotary import frequencies, phases
 
 ROWS, LINE = 16, 64
 """Rows of a panel and bytes of its lines, as in c/weights.h."""
@@ -136,11 +136,11 @@ class Packed:
         for mixer in mixers:
             c = mixer.config
             decays = tuple(c.log_decay()) if c.kind == "retention" and c.score_norm else ()
-            keys.append((mixer.K, mixer.H, c.rotary, c.rotary_base, decays))
+            keys.append((mixer.K, mixer.H, c.rotary, c.rotary_base, c.rotary_scaling, decays))
         unique, at = list(dict.fromkeys(keys)), 0
         turns = (Turn * len(unique))()
-        for turn, (K, H, rotary, base, decays) in zip(turns, unique, strict=True):
-            turning = frequencies(K, rotary, base=base).tolist() if rotary != "none" else []
+        for turn, (K, H, rotary, base, scaling, decays) in zip(turns, unique, strict=True):
+            turning = frequencies(K, rotary, base=base, scaling=scaling).tolist() if rotary != "none" else []
             turn.K, turn.H, turn.halves, turn.row_norm, turn.at = K, H, rotary == "half", bool(decays), at
             turn.frequency, turn.log_decay, at = self._doubles(turning), self._doubles(decays), at + K + H
         size = ctypes.sizeof(Turn)
@@ -170,9 +170,16 @@ class Packed:
     def _attention(self, mixer: Any, c: Any) -> dict[str, Any]:
         return dict(
             V=mixer.K, gated=c.forget_gate, decay_scale=1.0, window=c.window or 0, sinks=c.sinks,
-            decay_bias=self._vector(mixer.forget_proj, "bias"),
+            decay_bias=self._vector(mixer.forget_proj, "bias"), far_turn=self._far_turn(c) if c.moving_sinks else None,
+            in_bias=self._biases([mixer.q_proj, mixer.k_proj, mixer.v_proj]) if c.qkv_bias else None,
             in_=self._matrix([mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.forget_proj]),
         )  # fmt: skip
+
+    def _far_turn(self, c: Any) -> int:
+        """Address of cos and sin at the position from which moving sinks are seen in a long text."""
+        last, how = torch.tensor(c.slots - 1), {"base": c.rotary_base, "scaling": c.rotary_scaling}
+        numbers = torch.cat(phases(last, c.head_dim, c.rotary, **how)).tolist()
+        return self._kept((ctypes.c_float * len(numbers))(*numbers))
 
     def _feed_forward(self, block: Any, c: Any) -> dict[str, Any]:
         return dict(
@@ -213,15 +220,32 @@ class Packed:
         """Address of a module's parameter as float32; None if there is none."""
         if module is None or module._parameters.get(name) is None:
             return None
+        x = self._floats(len(module._parameters[name]))
+        self._watch(x, module, name)
+        return x.data_ptr()
+
+    def _biases(self, modules: Sequence[nn.Module]) -> int:
+        """Address of the modules' biases as float32, each in panels of its own like the rows of the matrices."""
+        rows = [Rows.of(module) for module in modules]
+        x, at = self._floats(sum(part.panels for part in rows) * ROWS), 0
+        for module, part in zip(modules, rows, strict=True):
+            self._watch(x[at : at + len(part.stored)], module, "bias")
+            at += part.panels * ROWS
+        return x.data_ptr()
+
+    def _floats(self, count: int) -> Tensor:
         with torch.inference_mode(False):  # a tensor made in that mode could not be written outside it
-            x = torch.empty(module._parameters[name].shape)
+            x = torch.zeros(count)
         self._keep.append(x)
+        return x
+
+    def _watch(self, x: Tensor, module: Any, name: str) -> None:
+        """Copies a module's parameter to x at the next refresh, and whenever it changes."""
 
         def copy() -> None:
             x.copy_(module._parameters[name].detach())
 
         self.body.add(copy, module)
-        return x.data_ptr()
 
     def _matrix(
         self, modules: Sequence[nn.Module | None], *, in_turn: bool = False, watched: Watched | None = None

@@ -7,13 +7,64 @@ Two variants, named by the features they pair. Their angles differ too, so weigh
 `none`          no rotation
 """
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 VARIANTS = ("interleaved", "half", "none")
 
 
-def frequencies(K: int, variant: str, *, base: float = 10000.0, device: torch.device | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Scaling:
+    """Smaller angles, for texts longer than those that a model was first trained on (rope scaling).
+
+    linear    every angle divided by `factor` (arXiv 2306.15595); `original` is 0
+    llama3    the same for pairs that turn at most `low` times within `original` tokens; pairs that turn at least `high`
+              times keep their angle; between the two, a mixture of both, linear in the number of turns
+    """
+
+    factor: float
+    """Divisor of the angles."""
+    low: float = 0.0
+    """Turns up to which angles are divided by the whole factor (low_freq_factor)."""
+    high: float = 0.0
+    """Turns from which angles stay as they are (high_freq_factor)."""
+    original: int = 0
+    """Length of the texts of the first training (original_max_position_embeddings); 0: all angles are divided."""
+
+    def __post_init__(self):
+        numbers = (self.factor, self.low, self.high, self.original)
+        if any(type(x) not in (int, float) for x in numbers) or type(self.original) is not int:
+            raise ValueError(f"rotary_scaling must be numbers, and original a whole one, got {numbers}")
+        if not 0 < self.factor < math.inf or self.original < 0:
+            raise ValueError(f"rotary_scaling needs a factor above 0 and original from 0 on, got {numbers}")
+        if self.original and not 0 <= self.low < self.high < math.inf:
+            raise ValueError(f"rotary_scaling needs low below high, got {self.low} and {self.high}")
+
+    @property
+    def kind(self) -> str:
+        """Name in other projects: linear or llama3."""
+        return "llama3" if self.original else "linear"
+
+    def applied(self, frequency: Tensor) -> Tensor:
+        """Returns the smaller angles of pairs that turn by `frequency` radians per token."""
+        if not self.original:
+            return frequency / self.factor
+        turns = frequency * self.original / (2 * math.pi)
+        kept = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return frequency * (kept + (1 - kept) / self.factor)
+
+
+def frequencies(
+    K: int,
+    variant: str,
+    *,
+    base: float = 10000.0,
+    scaling: Scaling | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
     """Returns the radians each pair turns per token, float64 `[K/2]`; zeros for "none"."""
     half = K // 2
     if variant == "none":
@@ -22,11 +73,17 @@ def frequencies(K: int, variant: str, *, base: float = 10000.0, device: torch.de
         power = torch.linspace(0, 1, half, dtype=torch.float64, device=device)
     else:
         power = torch.arange(half, dtype=torch.float64, device=device) / half
-    return base**-power
+    return base**-power if scaling is None else scaling.applied(base**-power)
 
 
 def phases(
-    position: Tensor, K: int, variant: str, *, base: float = 10000.0, dtype: torch.dtype = torch.float32
+    position: Tensor,
+    K: int,
+    variant: str,
+    *,
+    base: float = 10000.0,
+    scaling: Scaling | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Returns cos and sin, each `[..., K/2]`, for integer `position` `[...]`.
 
@@ -44,7 +101,8 @@ def phases(
     if variant == "none":  # angle 0, so that callers need no special case
         shape, device = (*position.shape, half), position.device
         return torch.ones(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
-    angle = position.to(torch.float64)[..., None] * frequencies(K, variant, base=base, device=position.device)
+    frequency = frequencies(K, variant, base=base, scaling=scaling, device=position.device)
+    angle = position.to(torch.float64)[..., None] * frequency
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 

@@ -23,7 +23,14 @@ ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 
 def deployed(
-    run: str, options: Options | None = None, *, replicas: int = 2, cpus: float = 1, device: str = "cpu"
+    run: str,
+    options: Options | None = None,
+    *,
+    replicas: int = 2,
+    cpus: float = 1,
+    device: str = "cpu",
+    window: int | None = None,
+    sinks: int | None = None,
 ) -> "Application":
     """Returns the application for `ray.serve.run`: `replicas` servers of `run`, which every node must find there.
 
@@ -31,6 +38,8 @@ def deployed(
 
     Args:
         cpus: cores and threads of a replica; on "cuda" it has a GPU as well.
+        window: limit of the model's attention, in tokens; None: none but its own.
+        sinks: first tokens that stay visible beside the window; None: as many as the model has.
 
     Raises:
         ImportError: Ray is not installed.
@@ -44,6 +53,7 @@ def deployed(
     def build() -> Any:
         """Runs in each replica: its own model and engine."""
         # imported here, so that importing this module needs neither FastAPI nor a model
+        from retentive.checkpoint import ModelFolder
         from retentive.native import with_engine
         from retentive.serve.app import create_app
         from retentive.serve.service import open_service
@@ -51,7 +61,8 @@ def deployed(
         def load(folder: Any, adapter: Any) -> Any:
             return with_engine(folder.model(device=device, adapter=adapter))
 
-        return create_app(open_service(run, options.with_environment_keys(), load=load))
+        folder = ModelFolder.open(run).windowed(window, sinks)
+        return create_app(open_service(folder, options.with_environment_keys(), load=load))
 
     server = serve.deployment(
         name="retentive",
@@ -76,7 +87,7 @@ def application(args: Mapping[str, Any]) -> "Application":
         ValueError: `run` is missing, or an argument is unknown or has the wrong type.
     """
     of_options = {field.name for field in fields(Options)}
-    known: dict[str, Any] = {"run": str, "replicas": int, "cpus": float, "device": str}
+    known: dict[str, Any] = {"run": str, "replicas": int, "cpus": float, "device": str, "window": int, "sinks": int}
     if unknown := sorted(set(args) - set(known) - of_options):
         raise ValueError(f"unknown arguments {', '.join(unknown)}: expected {', '.join([*known, *sorted(of_options)])}")
     if "run" not in args:

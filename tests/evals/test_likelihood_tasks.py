@@ -94,7 +94,8 @@ def test_a_model_that_has_learnt_the_answers_knows_them(kind, tokenizer, write):
 def test_perplexities_by_hand(bigram, tokenizer, write):
     """Each token has probability 1/257: 8.0056 bits per byte, 257 per byte, and per word its bytes and spaces."""
     folder = write("perplexity", [{"text": "ab cd ef"}, {"text": "a" * 30}])
-    found, records = score_likelihood_tasks(bigram(torch.zeros(257, 257)), tokenizer, ["perplexity"], folder, window=7)
+    model = bigram(torch.zeros(257, 257))
+    found, records = score_likelihood_tasks(model, tokenizer, ["perplexity"], folder, text_window=7)
     nats = 38 * math.log(257)
     assert sum(-r["logprob"] for r in records) == pytest.approx(nats)
     got = values(found)
@@ -109,7 +110,7 @@ def test_uncut_knows_what_windows_do_not(tokenizer, write):
     text = "the cat sat on the mat. " * 4
     model = LanguageModel(retnet(vocab_size=257, dim=32, layers=1, heads=2)).double().eval()
     _, (record,) = score_likelihood_tasks(
-        model, tokenizer, ["perplexity"], write("perplexity", [{"text": text}]), window=16
+        model, tokenizer, ["perplexity"], write("perplexity", [{"text": text}]), text_window=16
     )
     ids = torch.tensor([[256, *tokenizer.encode(text)]])
     with torch.no_grad():
@@ -122,7 +123,7 @@ REFUSED = {
     "shots": ({"shots": -1}, "`shots=-1`: must be at least 0"),
     "limit": ({"limit": 0}, "`limit=0`: must be at least 1"),
     "max-length": ({"max_length": 1}, "`max_length=1`: must be at least 2"),
-    "window": ({"window": 1}, "`window=1`: must be at least 2"),
+    "window": ({"text_window": 1}, "`text_window=1`: must be at least 2"),
     "long": ({"max_length": 20}, "piqa.jsonl line 1: its question has 24 tokens; raise `max_length=20`"),
 }
 

@@ -104,7 +104,7 @@ def test_windows_are_those_of_lm_eval(length, count):
 
 
 def test_the_class_answers_each_kind_of_request(model, tokenizer):
-    lm = native(model, tokenizer, window=8)
+    lm = native(model, tokenizer, text_window=8)
     text = "a text of some words"
     (summed,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
     assert summed == rolling(model, tokenizer, text, 8) != rolling(model, tokenizer, text)

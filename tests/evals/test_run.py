@@ -27,10 +27,10 @@ def run(tmp_path):
 def test_a_model_and_its_folder_give_the_same_as_the_scorers(run):
     data = run.parent / "data"
     model, tokenizer = retentive.load(run)
-    want = score_likelihood_tasks(model, tokenizer, ["piqa", "perplexity"], data, limit=3, window=16)
+    want = score_likelihood_tasks(model, tokenizer, ["piqa", "perplexity"], data, limit=3, text_window=16)
     for found in (
-        retentive.evaluate(model, ["piqa", "perplexity"], data, tokenizer=tokenizer, limit=3, window=16),
-        retentive.evaluate(str(run), "piqa, perplexity", str(data), limit=3, window=16),
+        retentive.evaluate(model, ["piqa", "perplexity"], data, tokenizer=tokenizer, limit=3, text_window=16),
+        retentive.evaluate(str(run), "piqa, perplexity", str(data), limit=3, text_window=16),
     ):
         assert tuple(found) == want
         assert str(found).splitlines()[2].startswith("| piqa | 0 | 3 | acc | ")
@@ -43,7 +43,7 @@ REFUSED = {
     "no-data": (dict(tasks="piqa"), "`data` is needed: the folder that holds piqa.jsonl"),
     "shots-by-context": (dict(tasks="perplexity", contexts=[30], shots=1), "leave out `shots`"),
     "contexts-in-lm-eval": (dict(tasks="piqa", contexts=[30], lm_eval=True), "leave them out with `lm_eval`"),
-    "a-window-of-nothing": (dict(tasks="piqa", data="data", window=0), "`window=0`: must be at least 2"),
+    "a-window-of-nothing": (dict(tasks="piqa", data="data", text_window=0), "`text_window=0`: must be at least 2"),
 }
 
 

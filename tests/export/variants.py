@@ -3,7 +3,8 @@
 import torch
 
 from retentive.models import ModelConfig, build, hybrid, retnet, transformer
-from tests.configs import stacked
+from retentive.ops.rotary import Scaling
+from tests.configs import changed, stacked
 
 TINY = {"vocab_size": 257, "dim": 64, "layers": 2, "heads": 2}
 VARIANTS = {
@@ -23,9 +24,12 @@ ATTENDING: dict[str, ModelConfig] = {
     "grouped heads": transformer(**TINY | {"heads": 4}, kv_heads=2, qk_norm=True, rotary="interleaved"),
     "wide heads": transformer(**TINY, head_dim=48, rotary="none", tie_embeddings=True),
     "forget gate": transformer(**TINY, forget_gate=True),
+    "biases": transformer(**TINY | {"heads": 4}, kv_heads=2, qkv_bias=True),
+    "biases, forget gate": transformer(**TINY, qkv_bias=True, forget_gate=True),
     "window": transformer(**TINY, attention_window=8),
     "forget gate, window": transformer(**TINY, forget_gate=True, attention_window=8, rotary_base=500.0),
     "a window of one": transformer(**TINY, attention_window=1),
+    "slower angles": changed(transformer(**TINY), rotary_scaling=Scaling(8.0, 1.0, 4.0, 16)),
     "hybrid": hybrid(**TINY, attention=(1,)),
     "hybrid, window": hybrid(**TINY | {"layers": 4}, attention=(0, 3), attention_window=16, attention_rotary="none"),
     "stacked": stacked(hybrid(**TINY | {"layers": 4}, attention=(0, 2))),

@@ -22,6 +22,7 @@ VARIANTS = {
     "no-rotation": dict(rotary="none"),
     "interleaved": dict(rotary="interleaved"),
     "qk-norm": dict(qk_norm=True, kv_heads=2),
+    "qkv-bias": dict(qkv_bias=True, qk_norm=True, kv_heads=2),
     "forget-gate": dict(forget_gate=True),
     "window": dict(window=4),
     "window-1": dict(window=1),
@@ -33,6 +34,8 @@ VARIANTS = {
     "sinks": dict(window=4, sinks=2),
     "sinks-window-1": dict(window=1, sinks=1, qk_norm=True),
     "more-sinks-than-window": dict(window=3, sinks=5, kv_heads=2),
+    "moving-sinks": dict(window=4, sinks=2, moving_sinks=True, kv_heads=2),
+    "moving-sinks-window-1": dict(window=1, sinks=3, moving_sinks=True, rotary="interleaved", qk_norm=True),
     "all": dict(window=5, forget_gate=True, qk_norm=True, rotary="none"),
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -55,8 +58,11 @@ def formula(layer: Attention, x: torch.Tensor) -> torch.Tensor:
     angle = torch.tensor([[t * 10000.0**-p for p in powers] for t in range(T)], dtype=x.dtype)
     turn = torch.polar(torch.ones_like(angle), angle * (c.rotary != "none"))
 
-    def feature(proj, heads, h, norm):
-        y = (x @ proj.weight.T).unflatten(-1, (heads, K))[:, :, h * heads // H]
+    def projected(proj):
+        return x @ proj.weight.T + (proj.bias if c.qkv_bias else 0)
+
+    def feature(proj, heads, h, norm, turn=turn):
+        y = projected(proj).unflatten(-1, (heads, K))[:, :, h * heads // H]
         if norm is not None:
             y = y / (y.square().mean(-1, keepdim=True) + EPS).sqrt() * norm.weight
         pairs = y.unflatten(-1, (2, -1)).mT if half else y.unflatten(-1, (-1, 2))
@@ -68,8 +74,12 @@ def formula(layer: Attention, x: torch.Tensor) -> torch.Tensor:
     for h in range(H):
         q = feature(layer.q_proj, H, h, layer.q_norm)
         k = feature(layer.k_proj, c.kv_heads, h, layer.k_norm)
-        v = (x @ layer.v_proj.weight.T).unflatten(-1, (c.kv_heads, K))[:, :, h * c.kv_heads // H]
+        v = projected(layer.v_proj).unflatten(-1, (c.kv_heads, K))[:, :, h * c.kv_heads // H]
         scores = q @ k.mT / math.sqrt(K)
+        if c.moving_sinks:  # queries far from them stand where the first full window ends
+            last = torch.arange(T).clamp(max=c.slots - 1)
+            q = feature(layer.q_proj, H, h, layer.q_norm, turn[last])
+            scores = torch.where(torch.arange(T) < c.sinks, q @ k.mT / math.sqrt(K), scores)
         if c.forget_gate:
             since = torch.sigmoid(x @ layer.forget_proj.weight[h] + layer.forget_proj.bias[h]).log().cumsum(1)
             scores = scores + since[..., :, None] - since[..., None, :]

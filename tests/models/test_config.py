@@ -1,11 +1,16 @@
 """Configs against the papers' and projects' sizes, known from elsewhere, and against what cannot be built."""
 
+import json
 import math
 
 import pytest
 import torch
 
-from retentive.models import ARCHITECTURES, PRESETS, build, retnet, transformer, twin
+from retentive.layers.config import AttentionConfig
+from retentive.models import ARCHITECTURES, PRESETS, ModelConfig, build, retnet, transformer, twin
+from retentive.models.config import LATER
+from retentive.ops.rotary import Scaling
+from tests.configs import changed
 
 
 def parameters(config) -> int:
@@ -161,3 +166,34 @@ def test_unknown_sizes_and_fields(refuses):
         retnet("2b", vocab_size=10)
     with refuses("a RetNet has no field depth, width"):
         retnet("1m", vocab_size=10, width=3, depth=4)
+
+
+def test_newer_fields_are_written_only_if_set():
+    """Files and fingerprints of models without them stay as an earlier version wrote them."""
+    plain, biased = transformer(dim=16, heads=2, layers=2), transformer(dim=16, heads=2, layers=2, qkv_bias=True)
+    (block,) = plain.written()["blocks"]
+    assert not set(LATER) & set(block["mixer"])
+    (block,) = biased.written()["blocks"]
+    assert block["mixer"]["qkv_bias"] is True and "rotary_scaling" not in block["mixer"]
+    scaled = changed(plain, rotary_scaling=Scaling(8.0, 1.0, 4.0, 8192))
+    (block,) = scaled.written()["blocks"]
+    assert block["mixer"]["rotary_scaling"] == {"factor": 8.0, "low": 1.0, "high": 4.0, "original": 8192}
+    for config in (plain, biased, scaled):
+        assert ModelConfig.read(json.loads(json.dumps(config.written()))) == config
+
+
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        (8.0, "rotary_scaling must be its fields or null, got 8.0"),
+        ({"factor": "8"}, "rotary_scaling must be numbers"),
+        ({"factor": 8.0, "original": 0.5}, "and original a whole one"),
+        ({"factor": 0.0}, "needs a factor above 0"),
+        ({"factor": math.nan}, "needs a factor above 0"),
+        ({"factor": 8.0, "low": 4.0, "high": 1.0, "original": 32}, "needs low below high, got 4.0 and 1.0"),
+    ],
+    ids=str,
+)
+def test_scalings_that_cannot_be(scaling, words, refuses):
+    with refuses(words):
+        AttentionConfig(rotary_scaling=scaling)

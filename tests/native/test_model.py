@@ -18,6 +18,8 @@ from retentive.native import NativeModel, refused, with_engine
 from retentive.native.library import library
 from retentive.native.threads import Pace
 from retentive.ops.compiler import NotBuilt
+from retentive.ops.rotary import Scaling
+from tests.configs import changed as config_with
 from tests.configs import stacked
 
 pytestmark = pytest.mark.skipif(isinstance(library(), NotBuilt), reason=str(library()))
@@ -39,6 +41,8 @@ TRANSFORMERS = {
     "grouped": dict(heads=4, kv_heads=2, qk_norm=True, head_dim=20),
     "one-kv-head": dict(dim=96, heads=12, kv_heads=1, rotary="interleaved"),
     "forget-gate": dict(forget_gate=True),
+    "qkv-bias": dict(qkv_bias=True, heads=6, kv_heads=3, head_dim=10),
+    "qkv-bias-gate": dict(qkv_bias=True, qk_norm=True, forget_gate=True, attention_window=7),
     "window": dict(attention_window=7),
     "wide-window": dict(attention_window=150, kv_heads=1, rotary="none"),
     "window-gate": dict(dim=64, attention_window=20, forget_gate=True),
@@ -54,6 +58,10 @@ HYBRIDS = {
 FAMILIES = ((retnet, RETNETS), (transformer, TRANSFORMERS), (hybrid, HYBRIDS))
 CONFIGS = {name: make(**SMALL | fields) for make, models in FAMILIES for name, fields in models.items()}
 CONFIGS["stacked"] = stacked(CONFIGS["hybrid-window"])
+CONFIGS["slower-angles"] = config_with(transformer(**SMALL, kv_heads=1), rotary_scaling=Scaling(8.0, 1.0, 4.0, 16))
+CONFIGS["slower-angles-in-pairs"] = config_with(transformer(**SMALL, rotary="interleaved"), rotary_scaling=Scaling(4.0))
+for name in ("sinks", "many-sinks"):
+    CONFIGS[f"{name}-that-move"] = config_with(CONFIGS[name], moving_sinks=True)
 """Every kind of block; some of these models have several, of different shapes."""
 LONG = 300
 """Tokens of a long prompt: several chunks of positions, and more than pass through the layers together."""

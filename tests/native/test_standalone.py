@@ -20,6 +20,8 @@ from retentive.infer.memory import ABOUT, blank, load_memory, save, tensors
 from retentive.models import ARCHITECTURES, build, hybrid, load_state, retnet, transformer
 from retentive.native.library import FOLDER, OPS
 from retentive.ops.compiler import FLAGS, LINK
+from retentive.ops.rotary import Scaling
+from tests.configs import changed as config_with
 from tests.configs import stacked
 
 HERE = Path(__file__).parent
@@ -57,6 +59,8 @@ TRANSFORMERS = {
     "transformer-bfloat16": dict(heads=4, kv_heads=2, qk_norm=True),
     "transformer-int4": dict(ffn_dim=50, head_dim=20, tie_embeddings=True),
     "forget-gate": dict(forget_gate=True, rotary="none"),
+    "qkv-bias": dict(qkv_bias=True, heads=6, kv_heads=3, head_dim=10),
+    "qkv-bias-int8": dict(qkv_bias=True, forget_gate=True),
     "window": dict(attention_window=9, rotary="interleaved", rotary_base=500_000.0),
     "window-gate": dict(attention_window=20, forget_gate=True),
     "sinks": dict(attention_window=6, attention_sinks=3),
@@ -71,6 +75,13 @@ MODELS = {
     for name, fields in models.items()
 }
 MODELS["stacked"] = stacked(MODELS["hybrid-int8"])
+
+WIDE_HEADS = transformer(**SMALL | dict(heads=1, layers=3))
+MODELS["slower-angles"] = config_with(WIDE_HEADS, rotary_scaling=Scaling(8.0, 1.0, 4.0, 16))
+MODELS["slower-angles-in-some"] = replace(  # turns that are shared by two layers of three
+    WIDE_HEADS, blocks=(*WIDE_HEADS.blocks[:2], config_with(WIDE_HEADS, rotary_scaling=Scaling(4.0)).blocks[0])
+)
+MODELS["moving-sinks"] = config_with(MODELS["sinks"], moving_sinks=True)
 
 
 @pytest.fixture(scope="session")

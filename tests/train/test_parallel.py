@@ -96,7 +96,7 @@ def train_all(data: str, out: Path) -> None:
     window = window_job(data)
     others = {
         Job("carry", data, mode="carry", **WIDE): ("dp2", "fsdp2", "tp2"),
-        Job("twin", data, model="transformer", **WIDE): ("dp2", "fsdp2", "tp2"),
+        Job("twin", data, model="transformer", changes={"qkv_bias": True}, **WIDE): ("dp2", "fsdp2", "tp2"),
         Job("packed", data, mode="packed", batch=1, length=255, checkpoint_activations=True, **WIDE): ("cp2",),
         Job("fla", data, model="fla", changes={"kv_heads": 2}, **WIDE): ("tp2", "cp2"),
         # attention that reads across the border of a rank: all before it, and a window

@@ -36,7 +36,7 @@ typedef struct {
     i64 *sequence, *begin;     /* [n] of each token; [N + 1] in this block */
     float *x, *added;          /* [n][D], [n][D, whole panels] */
     float *y, *z, *turn;       /* [n][ld]; [n][H V]; [n][turn_ld] */
-    void *q, *k, *v, *o;       /* [n][H][K], [n][H][V] in `dtype` */
+    void *q, *k, *v, *o;       /* [n][H][K], [n][H][V] in `dtype`; o of attention: queries for moving sinks */
     float *log_decay;          /* [n][H] */
     float *partial;            /* attention's partial results: attend.h */
     Input of_D, of_HV, of_F;   /* products' inputs of three widths */

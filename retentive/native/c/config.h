@@ -102,6 +102,18 @@ static const double *decays_of(Folder *f, const Json *mixer, i64 H) {
 
 static int same_numbers(const double *a, const double *b, i64 n) { return a == b || (a && b && !memcmp(a, b, n * 8)); }
 
+/* Smaller angles of pairs, for longer texts: `Scaling` of ops/rotary.py. */
+static void slow_down(Folder *f, const Json *scaling, double *frequency, i64 count) {
+    double factor = number_of(f, scaling, "factor"), original = number_of(f, scaling, "original");
+    double low = number_of(f, scaling, "low"), high = number_of(f, scaling, "high");
+    expect(f, factor > 0 && (original == 0 || low < high));
+    for (i64 i = 0; i < count && !f->bad; i++) {
+        double turns = frequency[i] * original / (2 * 3.14159265358979323846);
+        double kept = original > 0 ? fmin(fmax((turns - low) / (high - low), 0), 1) : 0;
+        frequency[i] *= kept + (1 - kept) / factor;
+    }
+}
+
 /* the layer's turn: that of an earlier layer which agrees in everything, or a new one */
 static void turn_of(Folder *f, const Json *mixer, const char *rotary, const double *log_decay, Layer *layer) {
     static const char *const turns[] = {"none", "interleaved", "half", NULL};
@@ -111,6 +123,8 @@ static void turn_of(Folder *f, const Json *mixer, const char *rotary, const doub
     if (f->bad) return;
     for (i64 i = 0; frequency && i < half; i++)
         frequency[i] = pow(base, -(turn == 2 ? (double)i / half : half > 1 ? (double)i / (half - 1) : 0));
+    const Json *scaling = item(mixer, "rotary_scaling");
+    if (frequency && scaling && scaling->type != NOTHING) slow_down(f, scaling, frequency, half);
     Turn own = {layer->K, layer->H, turn == 2, log_decay != NULL, turn_floats(m), frequency, log_decay};
     i64 i = 0;
     for (; i < m->turns; i++) {
@@ -121,6 +135,17 @@ static void turn_of(Folder *f, const Json *mixer, const char *rotary, const doub
     }
     if (i == m->turns) f->turns[m->turns++] = own;
     layer->turn = f->turns + i;
+}
+
+/* Cosines and sines at the position from which moving sinks are seen in a long text. */
+static const float *far_turn_of(Folder *f, const Layer *layer) {
+    i64 half = layer->K / 2, last = layer->sinks + layer->window - 1;
+    float *turn = keep(f, layer->K * 4);
+    for (i64 i = 0; turn && i < half; i++) {
+        double angle = layer->turn->frequency ? last * layer->turn->frequency[i] : 0;
+        turn[i] = (float)cos(angle), turn[half + i] = (float)sin(angle);
+    }
+    return turn;
 }
 
 static void retention_of(Folder *f, const Json *mixer, Layer *layer) {
@@ -147,6 +172,7 @@ static void attention_of(Folder *f, const Json *mixer, const char *window, const
     layer->sinks = layer->window ? (i64)number_or(f, mixer, "sinks", 0) : 0;
     expect(f, layer->H == layer->kv || !layer->gated);
     if (!f->bad) turn_of(f, mixer, rotary, NULL, layer);
+    if (!f->bad && layer->sinks && number_or(f, mixer, "moving_sinks", 0)) layer->far_turn = far_turn_of(f, layer);
 }
 
 /* A layer of `kind`; where fields of the whole model are also the mixer's, as version 0.1.0 wrote them, `flat`. */

@@ -202,6 +202,15 @@ INLINE void values_of_few(int low, i64 vectors, const Few *f) {
 OF_FEW(scores_of, scores_of_few)
 OF_FEW(add_values_of, values_of_few)
 
+/* The score of a head's query with a key, both in `dtype`, of a moving sink, which sees another query. */
+static float score_of_sink(const Block *b, const Layer *layer, i64 token, i64 h, const char *key) {
+    i64 K = layer->K, dtype = b->c->dtype;
+    float q[K], k[K];
+    read_row(dtype, at_element(b, b->o, (token * layer->H + h) * K), K, q, K);
+    read_row(dtype, key, K, k, K);
+    return dot(q, k, K) / sqrtf((float)K);
+}
+
 /* the partial results of one chunk for the kv heads from g to before `last`; those of the first token's head 0 at `to` */
 static void chunk_of_few(const Block *b, const Layer *layer, const Sight *s, const Run *runs, int count, i64 g, i64 last,
                          float *space, float *to) {
@@ -221,6 +230,11 @@ static void chunk_of_few(const Block *b, const Layer *layer, const Sight *s, con
         float *own = score + row * (CHUNK + LANES), *partial = to + (token * H + h) * ld;
         Softmaxed *of = (Softmaxed *)partial;
         memset(partial, 0, ld * 4);
+        for (int r = 0, at = 0; r < count && layer->far_turn; at += runs[r++].count)
+            for (i64 j = 0; j < runs[r].count && runs[r].from + j < layer->sinks; j++) {
+                const char *key = runs[r].k + (j * layer->kv + h / G) * K * size_of(dtype);
+                own[at + j] = score_of_sink(b, layer, s->token + token, h, key);
+            }
         if (layer->gated || s->last - s->first > 1) fade(layer, runs, count, s->start + token, h, own, of);
         softmaxed(own, n, round_up(n, LANES), NO_SCORE, of);
     }

@@ -63,6 +63,23 @@ static Matrix matrix_of(Folder *f, i64 K, int in_turn, const char *prefix, const
     return m;
 }
 
+/* biases of q, k and v, each in panels of its own; NULL where the mixer has none */
+static const float *in_bias_of(Folder *f, const Layer *l, const char *mixer) {
+    const char *const names[] = {"q_proj", "k_proj", "v_proj"};
+    const i64 at[] = {0, row_of_k(l), row_of_v(l)}, counts[] = {l->H * l->K, l->kv * l->K, l->kv * l->V};
+    float *bias = NULL;
+    for (int i = 0; i < 3 && !f->bad; i++) {
+        char name[128];
+        snprintf(name, sizeof name, "%s.%s.bias", mixer, names[i]);
+        const float *own = vector_of(f, counts[i], bias != NULL, name);
+        if (!own) break;
+        if (!bias && (bias = keep(f, row_of_gate(l) * 4))) memset(bias, 0, row_of_gate(l) * 4);
+        if (!bias) break;
+        memcpy(bias + at[i], own, counts[i] * 4);
+    }
+    return bias;
+}
+
 static void layer_of(Folder *f, i64 i) {
     i64 D = f->model.D;
     Layer *l = &f->layers[i];
@@ -76,6 +93,7 @@ static void layer_of(Folder *f, i64 i) {
     l->q_bias = vector_of(f, l->H * l->K, 0, OWN(".q_bias")), l->k_bias = vector_of(f, l->kv * l->K, 0, OWN(".k_bias"));
     l->decay_bias = vector_of(f, l->H, 0, attends ? OWN(".forget_proj.bias") : OWN(".decay_proj.bias"));
     l->head_norm = vector_of(f, l->V, 0, OWN(".head_norm.weight"));
+    l->in_bias = in_bias_of(f, l, mixer);
 #undef OWN
     snprintf(name, sizeof name, "%sffn_norm.weight", block), l->ffn_norm = vector_of(f, D, l->F > 0, name);
     strcat(mixer, ".");

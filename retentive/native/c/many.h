@@ -89,6 +89,15 @@ static void softmax_row(Tiles *t, const Layer *layer, float *score, i64 i, i64 r
     t->most[row] = of.most, t->sum[row] = t->sum[row] * *kept + of.sum;
 }
 
+/* The scores, not scaled yet, of a head's query with the moving sinks of the chunk, which see another query. */
+static void sink_scores(const Tiles *t, const Block *b, const Layer *layer, i64 token, i64 h, float *score) {
+    i64 K = layer->K;
+    float q[K];
+    if (t->position[0] >= layer->sinks) return;
+    read_row(b->c->dtype, at_element(b, b->o, (token * layer->H + h) * K), K, q, K);
+    for (i64 j = 0; j < t->n && t->position[j] < layer->sinks; j++) score[j] = dot(q, t->k + j * t->K, K);
+}
+
 /* whether no token from position i to j sees a key of the chunk */
 static int unseen(const Tiles *t, const Layer *layer, i64 i, i64 j) {
     i64 last = t->position[t->n - 1];
@@ -116,6 +125,10 @@ static void many_queries(const Block *b, const Layer *layer, const Memory *memor
             if (unseen(&t, layer, begin + r / G, begin + (r + some - 1) / G)) continue;
             multiply(&how, FULL, all, t.keys, Ku, (Operand){t.q + r * Ku, Ku}, (Operand){t.kT_panels, Ku}, NULL, NULL,
                      (Result){t.score, CHUNK, NC});
+            for (i64 i = 0; i < some && layer->far_turn; i++) {
+                i64 row = r + i, token = s->token + s->first + row / G;
+                sink_scores(&t, b, layer, token, g * G + row % G, t.score + i * CHUNK);
+            }
             for (i64 i = 0; i < some; i++)
                 softmax_row(&t, layer, t.score + i * CHUNK, begin + (r + i) / G, r + i, t.kept + i);
             Operand p = {as_rows(!!t.pair, t.score, all, CHUNK, t.score_rows), t.pair ? CHUNK / 2 : CHUNK};

@@ -24,7 +24,9 @@ typedef struct {
     const float *log_decay;                                      /* [H]; NULL where it is a function of the token */
     const float *mixer_norm, *ffn_norm;                          /* [D] */
     const float *q_norm, *k_norm, *q_bias, *k_bias, *decay_bias; /* [K], [K], [H K], [kv K], [H]; or NULL */
-    const float *head_norm;                                      /* [V], or NULL */
+    const float *in_bias;   /* of q, k and v, laid out as the rows of `in`; or NULL */
+    const float *head_norm; /* [V], or NULL */
+    const float *far_turn;  /* [K] turn of queries for moving sinks, far from them; NULL: as for all other keys */
     Matrix in;   /* q, k, v, gate, decay: the rows of each rounded up to panels */
     Matrix out;  /* [D][H V] */
     Matrix up;   /* panels of the gate and of `up` in turn, or of the gate alone */

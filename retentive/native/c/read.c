@@ -76,6 +76,13 @@ static void add_product(Block *b, const Matrix *w, const Input *in, const Matrix
     meet(b->c->pool);
 }
 
+/* y += biases of q, k and v, in the panels of this thread */
+static void add_bias(Block *b, const Layer *layer, i64 first, i64 last) {
+    i64 end = smaller(last * ROWS, row_of_gate(layer));
+    for (i64 r = 0; r < b->n && layer->in_bias; r++)
+        for (i64 i = first * ROWS; i < end; i++) b->y[r * b->ld + i] += layer->in_bias[i];
+}
+
 /* x += feed-forward layer */
 static void feed_forward(Block *b, const Layer *layer, const Matrix *next, const Self *me) {
     i64 first, last, each = together(layer);
@@ -101,6 +108,7 @@ static void through_layer(Block *b, i64 l, const Self *me) {
     Input in = normed(b, me, layer->mixer_norm, &layer->in);
     share(panels_of(&layer->in), me->thread, b->threads, &first, &last);
     product(&layer->in, &in, b->n, first, last, b->y, b->ld, me->expanded);
+    add_bias(b, layer, first, last);
     meet(b->c->pool);
     if (layer->kind == ATTENTION) attend(b, layer, b->c->memory + l, me);
     else if (b->c->steps) by_steps(b, layer, b->c->memory + l, me);
