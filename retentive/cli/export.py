@@ -19,7 +19,7 @@ class ExportCommand(Limits):
     """Write a model for another runtime, with its tokenizer and chat template, in a new folder."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory, model folder, the shipped model novels, or hf:owner/name on the hub."""
+    """Run directory, model folder, .gguf file, the shipped model novels, hf:owner/name on the hub, or pypi:NAME."""
     to: Literal["onnx", "native", "browser"]
     """onnx: one graph, for onnxruntime. native: sources in C, for phones and any other machine with a C compiler.
     browser: a page that any file server serves."""

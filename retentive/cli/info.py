@@ -46,7 +46,7 @@ class InfoCommand(Limits):
     """Show architecture, parameters and FLOPs of a model, and its memory beside its Transformer twin."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
-    """Run directory, model folder, the shipped model novels, a size such as 5m, or an architecture such as hybrid."""
+    """Run directory, model folder, .gguf file, the shipped model novels, a size (5m), or an architecture (hybrid)."""
     sizes: bool = False
     """List the named sizes."""
     vocab_size: int = 32000
@@ -88,7 +88,8 @@ def show(console: Console, command: InfoCommand) -> None:
             console.print("\n" + differences(named, command.size, command.vocab_size), markup=False, soft_wrap=True)
     else:
         folder = command.limited(command.run)
-        describe(console, folder.config, f"{command.run} ({folder.layout} layout)", folder.quantization)
+        kind = f"GGUF of {', '.join(folder.gguf.types)}" if folder.gguf else f"{folder.layout} layout"
+        describe(console, folder.config, f"{command.run} ({kind})", folder.quantization)
         for line in senses(folder.encoders, folder.config.dim):
             console.print(f"  {line}", soft_wrap=True)
         progress(console, folder.path)

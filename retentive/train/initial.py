@@ -10,6 +10,7 @@ import torch
 from retentive import machine
 from retentive.checkpoint import ModelFolder
 from retentive.checkpoint.adapter import targets_of
+from retentive.checkpoint.find import REMOTE
 from retentive.data.mixture import Mixture
 from retentive.data.packed import Packed
 from retentive.layers.lora import Adapter
@@ -83,7 +84,7 @@ def load_base(model: LanguageModel, base: ModelFolder, run: Path) -> None:
 
 def adapter_for(model: LanguageModel, base: ModelFolder, rank: int, alpha: float, targets: str) -> Adapter:
     """The adapter to train on the model in `base`; raises ValueError for targets that the model lacks."""
-    name = base.name if base.name.startswith("hf:") else str(Path(base.name).resolve())
+    name = base.name if base.name.startswith(REMOTE) else str(Path(base.name).resolve())
     return Adapter(name, base.sha256, rank, alpha, targets_of(model, targets, rank))
 
 

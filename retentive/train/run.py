@@ -17,6 +17,7 @@ import tyro
 
 from retentive.checkpoint import ModelFolder
 from retentive.checkpoint.adapter import with_adapter
+from retentive.checkpoint.find import REMOTE
 from retentive.data.loader import Batches, Mode
 from retentive.data.mixture import MixedBatches, Mixture, open_packed
 from retentive.data.packed import Packed
@@ -184,7 +185,7 @@ class TrainRun:
         """Check everything that needs no data; raises ValueError or OSError. Changes nothing."""
         if self.resume and self.overwrite:  # not in __post_init__: the parser would print that error in a box
             raise ValueError("`resume` and `overwrite` exclude each other: go on with the run, or begin anew")
-        if self.init and not self.init.startswith("hf:") and self.out.resolve() == Path(self.init).resolve():
+        if self.init and not self.init.startswith(REMOTE) and self.out.resolve() == Path(self.init).resolve():
             raise ValueError(f"{option('out', self.out)} is the model that the run begins with: choose another folder")
         if self.teacher and self.mode == "carry":
             raise ValueError("`teacher` reads every row from its beginning: use another mode than carry")

@@ -121,6 +121,8 @@ class SftRun(TrainRun):
                 raise ValueError(f"{self.sources[0]} is packed: `{given[0]}` is given to retentive data")
             return self.sources[0]
         base = ModelFolder.open(self.init)
+        if base.gguf:
+            raise ValueError(f"{self.init} is a GGUF file: make a folder of it first (`retentive convert`)")
         template = self.template.read_bytes() if self.template else (base.template_source or "").encode()
         sources: list[str | Path] = [*self.sources, *([self.valid] if self.valid else [])]
         files = [(name, file_sha256(path)) for source in sources for name, path in chat_files(source).items()]
