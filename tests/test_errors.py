@@ -26,6 +26,7 @@ ROOMS = sorted(
 )
 ROOMS.remove("cli")  # the room of flags
 EXCEPTIONS = {
+    "checkpoint/pypi.py": "the command line of pip",
     "bench/lab/server.py": "the command line of a server that is started",
     "bench/serving.py": "the same command line",
     "export/native.py": "a README that names the flags of CMake",

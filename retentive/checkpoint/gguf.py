@@ -99,9 +99,7 @@ class Gguf:
                 key = head.text()
                 fields[key] = head.value(head.number("I"))
             if fields.get("split.count", 1) > 1:
-                raise ValueError(
-                    f"{path} is one of {fields['split.count']} parts: merge them (llama-gguf-split --merge)"
-                )
+                raise ValueError(f"{path} is one of {fields['split.count']} parts: merge them by llama-gguf-split")
             found = {head.text(): head.tensor() for _ in range(tensors)}
             align = fields.get("general.alignment", 32)
             if not isinstance(align, int) or align < 1:
@@ -237,14 +235,13 @@ class Gguf:
     @cached_property
     def tokenizer(self) -> BPETokenizer | None:
         """Tokenizer in the metadata; None without one. Raises ValueError for a kind that is not read."""
+        rows, tokens = self.entries["token_embd.weight"].rows, self.fields.get("tokenizer.ggml.tokens", ())
+        if len(tokens) > rows:
+            raise ValueError(f"{self.path} has {len(tokens):,} tokens, its embedding {rows:,} rows: damaged")
         try:
-            found = read_tokenizer(self.fields)
+            return read_tokenizer(self.fields)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
-        rows, tokens = self.entries["token_embd.weight"].rows, len(self.fields.get("tokenizer.ggml.tokens", ()))
-        if found and tokens > rows:
-            raise ValueError(f"{self.path} has {tokens:,} tokens, its embedding {rows:,} rows: damaged")
-        return found
 
     def tokenizer_config(self) -> dict[str, Any]:
         """Returns the fields of transformers' tokenizer_config.json that a chat template needs."""

