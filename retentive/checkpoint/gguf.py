@@ -41,13 +41,23 @@ TABLE = [
     ("blk.{i}.attn_q.weight", "model.layers.{i}.self_attn.q_proj.weight"),
     ("blk.{i}.attn_k.weight", "model.layers.{i}.self_attn.k_proj.weight"),
     ("blk.{i}.attn_v.weight", "model.layers.{i}.self_attn.v_proj.weight"),
+    ("blk.{i}.attn_q.bias", "model.layers.{i}.self_attn.q_proj.bias"),
+    ("blk.{i}.attn_k.bias", "model.layers.{i}.self_attn.k_proj.bias"),
+    ("blk.{i}.attn_v.bias", "model.layers.{i}.self_attn.v_proj.bias"),
     ("blk.{i}.attn_output.weight", "model.layers.{i}.self_attn.o_proj.weight"),
+    ("blk.{i}.attn_output.bias", "model.layers.{i}.self_attn.o_proj.bias"),
     ("blk.{i}.attn_q_norm.weight", "model.layers.{i}.self_attn.q_norm.weight"),
     ("blk.{i}.attn_k_norm.weight", "model.layers.{i}.self_attn.k_norm.weight"),
     ("blk.{i}.ffn_gate.weight", "model.layers.{i}.mlp.gate_proj.weight"),
     ("blk.{i}.ffn_up.weight", "model.layers.{i}.mlp.up_proj.weight"),
     ("blk.{i}.ffn_down.weight", "model.layers.{i}.mlp.down_proj.weight"),
 ]
+FACTORS = "rope_freqs.weight"
+"""Name of the tensor that holds Llama 3's rope scaling: the divisor of each angle."""
+LLAMA_3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+"""Fields of Llama 3's rope scaling, the same in all its models; GGUF files hold only the divisors."""
+LLAMA_3_CONTEXT = 8192
+"""Context length of Llama 3 before it was extended."""
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Numbers in metadata by the format's code of their type, as `struct` calls them."""
 TEXT, ARRAY = 8, 9
@@ -159,18 +169,33 @@ class Gguf:
             "rope_theta": self._number("rope.freq_base", 10000.0, float),
             "rms_norm_eps": self._number("attention.layer_norm_rms_epsilon", None, float),
             "tie_word_embeddings": "output.weight" not in self.entries,
+            "rope_scaling": self._rope_scaling(),
+            # always there in Qwen2, whose config does not name them
+            "attention_bias": arch != "qwen2" and self._biased("attn"),
+            "mlp_bias": self._biased("ffn"),
         }
 
+    def _biased(self, part: str) -> bool:
+        """True if layers of this part of a block have biases."""
+        return any(f".{part}_" in name and name.endswith(".bias") for name in self.entries)
+
+    def _rope_scaling(self) -> dict[str, Any]:
+        """Returns the fields of config.json's rope_scaling; raises ValueError for divisors that are not Llama 3's."""
+        if FACTORS not in self.entries:
+            kind = self.fields.get(f"{self.architecture}.rope.scaling.type", "none")
+            factor = self._number("rope.scaling.factor", 1.0, float)
+            return {"rope_type": "default"} if kind == "none" else {"rope_type": kind, "factor": factor}
+        with open(self.path, "rb") as file:
+            found = self._decoded(_library(), file, FACTORS, self.entries[FACTORS]).double()
+        scaling = {**LLAMA_3, "factor": float(found.max()), "original_max_position_embeddings": LLAMA_3_CONTEXT}
+        wanted = _divisors(scaling, self._number("rope.freq_base", 10000.0, float), len(found))
+        if not torch.allclose(found, wanted, rtol=1e-4):  # stored in float32
+            raise ValueError(f"{self.path} has angles divided by {FACTORS} otherwise than Llama 3's: not supported")
+        return scaling
+
     def _unsupported(self) -> list[str]:
-        """Returns names of all that the model needs and that config.json's fields above do not hold."""
+        """Returns names of all that the model needs and that the fields of config.json above do not hold."""
         arch, found = self.architecture, []
-        scaling = self.fields.get(f"{arch}.rope.scaling.type", "none")
-        if scaling != "none":
-            found.append(f"rope.scaling.type {scaling}")
-        if "rope_freqs.weight" in self.entries:
-            found.append("rope_freqs.weight (rope scaling)")
-        if biases := [name for name in self.entries if name.endswith(".bias")]:
-            found.append(f"biases ({biases[0]} and others, {len(biases)})")
         for key in ("expert_count", "attention.sliding_window", "attention.scale", "logit_scale"):
             if value := self.fields.get(f"{arch}.{key}"):
                 found.append(f"{key} {value}")
@@ -193,7 +218,7 @@ class Gguf:
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{self.path}: {key} is {str(value)[:60]}, expected one {kind.__name__}")
         # written as float32: 1e-5 comes back as 9.999999747378752e-06
-        return float(str(np.float32(value))) if kind is float else value
+        return float(str(np.float32(kind(value)))) if kind is float else value
 
     def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Returns all tensors by transformers' names, decoded to floats, the rows of q and k in transformers' order.
@@ -211,6 +236,8 @@ class Gguf:
         found = {}
         with open(self.path, "rb") as file:
             for name, entry in self.entries.items():
+                if name == FACTORS:  # in the config
+                    continue
                 w = self._decoded(library, file, name, entry).to(dtype or self.dtype)
                 count = next((heads[part] for part in name.split(".") if part in heads), 0)
                 if count and not len(w) % (2 * count):  # (i, i + K/2) are neighbours in the file
@@ -314,6 +341,15 @@ class _Header:
 
     def damaged(self, why: str) -> ValueError:
         return ValueError(f"{self.path} is cut short or damaged: {why}; copy it again")
+
+
+def _divisors(scaling: Mapping[str, Any], base: float, count: int) -> Tensor:
+    """Returns the divisors of the angles by Llama 3's rope scaling, as transformers' `_compute_llama3_parameters`."""
+    waves = 2 * torch.pi * base ** (torch.arange(count).double() / count)
+    low, high, factor = (scaling[name] for name in ("low_freq_factor", "high_freq_factor", "factor"))
+    turns = scaling["original_max_position_embeddings"] / waves
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # share of the unscaled angle
+    return 1 / (kept + (1 - kept) / factor)
 
 
 def _library() -> ModuleType:

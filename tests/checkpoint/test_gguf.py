@@ -447,17 +447,18 @@ def test_other_files_are_refused(case, whole, refuses):
         retentive.load(whole)
 
 
+# by transformers' `_compute_llama3_parameters` for a base of 50,000, 16 features per head and factor 8
+LLAMA_3 = np.array([1, 1, 1, 1, 1, 3.661414, 8, 8], np.float32)
 NO_LENGTHS = dict(attention__key_length=None, attention__value_length=None)
 REFUSED = {
-    "scaling": (dict(rope__scaling__type="yarn"), "needs what is not supported here: rope.scaling.type yarn"),
-    "factors": (dict(tensors={"rope_freqs.weight": np.ones(8, np.float32)}), "rope_freqs.weight (rope scaling)"),
-    "biases": (
-        dict(tensors={"blk.0.attn_q.bias": np.ones(DIM, np.float32)}),
-        "biases (blk.0.attn_q.bias and others, 1",
-    ),
+    "scaling": (dict(rope__scaling__type="yarn", rope__scaling__factor=4.0), "rope scaling 'yarn'"),
+    "linear": (dict(rope__scaling__type="linear", rope__scaling__factor=4.0), "rope scaling 'linear'"),
+    "llama-3": (dict(tensors={"rope_freqs.weight": LLAMA_3}), "rope scaling 'llama3'"),
+    "other-divisors": (dict(tensors={"rope_freqs.weight": LLAMA_3 + 1}), "divided by rope_freqs.weight otherwise than"),
+    "biases": (dict(tensors={"blk.0.attn_q.bias": np.ones(DIM, np.float32)}), "attention_bias=True (supported: False)"),
     "all-reasons": (
-        dict(rope__scaling__type="linear", expert_count=8, attention__sliding_window=16),
-        "rope.scaling.type linear, expert_count 8, attention.sliding_window 16",
+        dict(expert_count=8, attention__sliding_window=16),
+        "needs what is not supported here: expert_count 8, attention.sliding_window 16",
     ),
     "partial-rotary": (dict(rope__dimension_count=8), "rope.dimension_count 8 beside a head dim of 16"),
     "values": (dict(attention__value_length=8), "attention.value_length 8 beside a head dim of 16"),
