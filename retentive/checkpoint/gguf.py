@@ -212,13 +212,12 @@ class Gguf:
     def _number(self, key: str, default: Any = None, kind: type = int) -> Any:
         """Returns a number of the architecture; raises ValueError if it is missing or no number of this kind."""
         key = f"{self.architecture}.{key}"
-        value = self.fields.get(key, default)
+        value: Any = self.fields.get(key, default)
         if value is None:
             raise ValueError(f"{self.path} has no {key}: expected a whole model")
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{self.path}: {key} is {str(value)[:60]}, expected one {kind.__name__}")
-        # written as float32: 1e-5 comes back as 9.999999747378752e-06
-        return float(str(np.float32(kind(value)))) if kind is float else value
+        return float(str(np.float32(value))) if kind is float else value  # 1e-5 is stored as 9.999999747378752e-06
 
     def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Returns all tensors by transformers' names, decoded to floats, the rows of q and k in transformers' order.
