@@ -29,6 +29,22 @@ CHATML = (
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
+# by transformers' `_compute_llama3_parameters` for a base of 50,000, 16 features per head and factor 8
+LLAMA_3 = np.array([1, 1, 1, 1, 1, 3.661414, 8, 8], np.float32)
+SCALINGS = {
+    "llama-linear": {"rope_type": "linear", "factor": 4.0},
+    "llama-3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+STORED = {
+    "llama-linear": {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0},
+    "llama-3": {"tensors": {"rope_freqs.weight": LLAMA_3}},
+}
+"""The same as a GGUF file holds it."""
+
+
 # files that are written
 
 
@@ -41,7 +57,7 @@ def original(tmp_path_factory):
     def make(kind: str):
         if kind in made:
             return made[kind]
-        name = {"llama": "Llama", "llama-tied": "Llama", "llama-wide": "Llama", "qwen3": "Qwen3"}[kind]
+        name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind.partition("-")[0]]
         fields = dict(
             vocab_size=VOCAB, hidden_size=DIM, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
             num_key_value_heads=KV, intermediate_size=FFN, rms_norm_eps=1e-5,
@@ -49,12 +65,15 @@ def original(tmp_path_factory):
             head_dim=32 if kind in ("llama-wide", "qwen3") else DIM // HEADS,
         )  # fmt: skip
         config = getattr(transformers, f"{name}Config")(**fields)
-        config.rope_parameters = {"rope_type": "default", "rope_theta": 50_000.0}
+        config.rope_parameters = {"rope_theta": 50_000.0, **SCALINGS.get(kind, {"rope_type": "default"})}
+        config.attention_bias = kind == "llama-biased"
         torch.manual_seed(0)
         model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
         with torch.no_grad():
             for n, x in model.named_parameters():
                 x.normal_(1.0, 0.2) if n.endswith("norm.weight") else x.normal_(0.0, 0.15)
+                if n.endswith("o_proj.bias"):  # the one bias that is read only if it is zero
+                    x.zero_()
         folder = tmp_path_factory.mktemp(kind)
         model.save_pretrained(folder)
         made[kind] = model, folder
@@ -73,11 +92,11 @@ NAMES = {
 
 
 def their_name(name: str) -> str:
-    name = name.removesuffix(".weight")
+    name, _, kind = name.rpartition(".")
     if name.startswith("model.layers."):
         _, _, block, rest = name.split(".", 3)
-        return f"blk.{block}.{NAMES[rest]}.weight"
-    return f"{NAMES[name]}.weight"
+        return f"blk.{block}.{NAMES[rest]}.{kind}"
+    return f"{NAMES[name]}.{kind}"
 
 
 def interleaved(w: np.ndarray, heads: int) -> np.ndarray:
@@ -108,7 +127,7 @@ def write_gguf(path: Path, model, kind: str = "F32", arch: str = "llama", words=
     for name, x in {**tensors, **extra}.items():
         if x is None:
             continue
-        if arch == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+        if arch == "llama" and ("attn_q." in name or "attn_k." in name):
             x = interleaved(x, HEADS if "attn_q" in name else KV)
         stored = gguf.GGMLQuantizationType[kind if x.ndim > 1 else "F32"]
         writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(x), stored), raw_dtype=stored)
@@ -128,10 +147,12 @@ def ids():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "llama-wide", "qwen3"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "llama-tied", "llama-wide", "llama-biased", "llama-linear", "llama-3", "qwen2", "qwen3"]
+)
 def test_floats_are_those_of_the_folder(kind, original, tmp_path, ids, same):
     model, folder = original(kind)
-    file = write_gguf(tmp_path / "m.gguf", model, arch=kind.partition("-")[0])
+    file = write_gguf(tmp_path / "m.gguf", model, arch=kind.partition("-")[0], **STORED.get(kind, {}))
     ours, tokenizer = retentive.load(file)
     wanted, _ = retentive.load(folder)
     assert tokenizer is None and ours.config == wanted.config and ours.dtype == torch.float32
@@ -447,15 +468,12 @@ def test_other_files_are_refused(case, whole, refuses):
         retentive.load(whole)
 
 
-# by transformers' `_compute_llama3_parameters` for a base of 50,000, 16 features per head and factor 8
-LLAMA_3 = np.array([1, 1, 1, 1, 1, 3.661414, 8, 8], np.float32)
 NO_LENGTHS = dict(attention__key_length=None, attention__value_length=None)
 REFUSED = {
     "scaling": (dict(rope__scaling__type="yarn", rope__scaling__factor=4.0), "rope scaling 'yarn'"),
-    "linear": (dict(rope__scaling__type="linear", rope__scaling__factor=4.0), "rope scaling 'linear'"),
-    "llama-3": (dict(tensors={"rope_freqs.weight": LLAMA_3}), "rope scaling 'llama3'"),
     "other-divisors": (dict(tensors={"rope_freqs.weight": LLAMA_3 + 1}), "divided by rope_freqs.weight otherwise than"),
-    "biases": (dict(tensors={"blk.0.attn_q.bias": np.ones(DIM, np.float32)}), "attention_bias=True (supported: False)"),
+    "one-bias": (dict(tensors={"blk.0.attn_q.bias": np.ones(DIM, np.float32)}), "5 tensors missing"),
+    "biases": (dict(tensors={"blk.0.ffn_up.bias": np.ones(FFN, np.float32)}), "mlp_bias=True (supported: False)"),
     "all-reasons": (
         dict(expert_count=8, attention__sliding_window=16),
         "needs what is not supported here: expert_count 8, attention.sliding_window 16",
