@@ -9,11 +9,15 @@ import pytest
 import torch
 
 import retentive
-from retentive.checkpoint import ModelFolder
+from retentive.checkpoint import ModelFolder, save_model
+from retentive.checkpoint.adapter import targets_of, with_adapter
 from retentive.checkpoint.gguf import TYPES, Gguf
 from retentive.cli import main
 from retentive.data.tokenizer import BPETokenizer, train_bpe
+from retentive.layers.lora import Adapter
 from retentive.native import NativeModel
+from retentive.serve.service import open_service
+from retentive.train.sft import SftRun
 
 gguf = pytest.importorskip("gguf", reason="needs the extra `gguf`")
 
@@ -398,6 +402,32 @@ def test_it_goes_through_our_folder_to_llamas(worded, original, tmp_path, ids, s
     message = [{"role": "user", "content": "the hat"}]
     templates = [each.template(each.tokenizer) for each in (before, after)]
     assert templates[0].first(message) == templates[1].first(message) and templates[1].bos == "<|im_start|>"
+
+
+def test_the_server_and_windows_take_it(worded, refuses):
+    file = worded()
+    service = open_service(ModelFolder.open(file).windowed(8, 2))
+    assert service.name == "smollm" and service.template.own and service.states_folder == file.parent / "states"
+    assert service.model.config.attention.slots == 10
+    with refuses("is a GGUF file: make a folder of it first (`retentive convert`)"):
+        SftRun(data=file.parent, init=str(file), out=file.parent / "run").folder()
+
+
+def test_an_adapter_may_change_it(worded, tmp_path, refuses, same):
+    file = worded()
+    base = ModelFolder.open(file)
+    model = base.model()
+    targets = targets_of(model, "all", 2)
+    save_model(tmp_path / "change", with_adapter(model, Adapter(str(file), base.sha256, 2, 4.0, targets)))
+    ids = torch.arange(9)[None]
+    with torch.no_grad():  # a new adapter changes nothing
+        same(retentive.load(tmp_path / "change")[0](ids)[0], retentive.load(file)[0](ids)[0], 0)
+    assert ModelFolder.open(tmp_path / "change").tokenizer.sha256 == base.tokenizer.sha256
+    with open(file, "r+b") as opened:
+        opened.seek(-4, 2)
+        opened.write(bytes(4))
+    with refuses("pass that model"):
+        retentive.load(tmp_path / "change")
 
 
 def test_verbs_take_it(worded, tmp_path, capsys):
