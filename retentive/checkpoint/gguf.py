@@ -215,7 +215,8 @@ class Gguf:
         value: Any = self.fields.get(key, default)
         if value is None:
             raise ValueError(f"{self.path} has no {key}: expected a whole model")
-        if not isinstance(value, kind) or isinstance(value, bool):
+        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        if not is_number:
             raise ValueError(f"{self.path}: {key} is {str(value)[:60]}, expected one {kind.__name__}")
         return float(str(np.float32(value))) if kind is float else value  # 1e-5 is stored as 9.999999747378752e-06
 
