@@ -131,7 +131,7 @@ class ModelFolder:
         """
         found = load_tokenizer(given) if isinstance(given, str) else given or self.tokenizer
         if found is None:
-            raise ValueError(f"{self.name} has no tokenizer: name one as `tokenizer` (bytes, or a tokenizer.json)")
+            raise ValueError(f"{self.name} has no tokenizer.json: name one as `tokenizer` (bytes, or a file)")
         check_tokens(found, self.config.vocab_size)
         return found
 
