@@ -1,0 +1,14 @@
+"""`retentive linearize`: turn a Transformer into a RetNet, in stages that can be stopped and resumed."""
+
+import tyro
+
+from retentive.cli.parsing import parse, typed_options
+from retentive.cli.train import stoppable
+from retentive.train.linearize import LinearizeRun
+
+
+def main(argv: list[str]) -> None:
+    """`retentive linearize ARGV`."""
+    run = parse(LinearizeRun, "retentive linearize", argv, config=(tyro.conf.OmitArgPrefixes,))
+    with stoppable(run.out):
+        run.run(overrides=typed_options(argv))

