@@ -36,21 +36,21 @@ def distillation(teacher: LanguageModel, learns: Learns) -> Objective:
         with torch.no_grad():
             y, _ = teacher.hidden(batch.ids, cu_seqlens=batch.cu_seqlens)
         x, _ = model.hidden(batch.ids, cu_seqlens=batch.cu_seqlens)
-        return kl_divergence(x.float(), model.head.weight, y.float(), teacher.head.weight), batch.ids.numel(), None
+        return kl_divergence(x, model.head.weight, y, teacher.head.weight), batch.ids.numel(), None
 
     def mixers(model: Any, batch: Any, state: Any) -> tuple[Tensor, int, Any]:
-        """Mean over the layers of the squared error, relative to the mean square of what the teacher's mixer adds."""
-        errors = [relative_error(have, want) for have, want in compared(model, teacher, batch)]
-        count = batch.ids.numel()
-        return torch.stack(errors).mean() * count, count, None
+        """Summed relative error of the tokens, the mean over the layers, and the number of tokens."""
+        errors = [relative_error(have, want).sum() for have, want in compared(model, teacher, batch)]
+        return torch.stack(errors).mean(), batch.ids.numel(), None
 
     return predictions if learns == "predictions" else mixers
 
 
 def relative_error(have: Tensor, want: Tensor) -> Tensor:
-    """Mean squared error, relative to the mean square of `want`; float32."""
-    want = want.float()
-    return (have.float() - want).square().mean() / want.square().mean()
+    """Squared error of each token, relative to the square of `want`: `[B,T]`, float32 or float64."""
+    dtype = torch.promote_types(want.dtype, torch.float32)
+    have, want = have.to(dtype), want.to(dtype)
+    return (have - want).square().sum(-1) / want.square().sum(-1).clamp(min=torch.finfo(dtype).tiny)
 
 
 def compared(model: Any, teacher: LanguageModel, batch: Any) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,6 +1,6 @@
 """The initial model of a run: new encoders, given weights, an adapter, and checks that they fit the data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def check_fits(config: Config, batch: int, length: int, device: torch.device) ->
         )
 
 
-def freeze_others(model: LanguageModel, names: Sequence[str]) -> None:
+def freeze_others(model: LanguageModel, names: Collection[str]) -> None:
     """Freeze all weights but those whose names contain one of `names`; raises ValueError for one that none contains."""
     found = [name for name, _ in model.named_parameters()]
     if unknown := [part for part in names if not any(part in name for name in found)]:

@@ -131,9 +131,10 @@ class Log(Silence):
         super().step(step, metrics)
         speed = self._speedometer.read(metrics.pop("tokens"))
         self._write({"step": step, **metrics, **speed})
+        mfu = f"MFU {speed['mfu']:.0%}  " if "mfu" in speed else ""
         text = (
             f"loss {metrics['loss']:.3f}  {speed['tokens_per_second']:,.0f} tok/s  "
-            f"MFU {speed['mfu']:.0%}  {speed['memory'] / 2**30:.1f} GB{self._held_out}"
+            f"{mfu}{speed['memory'] / 2**30:.1f} GB{self._held_out}"
         )
         self._bar.update(self._task, completed=step, description=text)
         if not self._console.is_terminal and time.monotonic() - self._last_print > SECONDS:

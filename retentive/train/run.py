@@ -169,6 +169,7 @@ class TrainRun:
                 run = self.settled(data, overrides)
                 batches, directory = run.batches(data, cluster), run.directory(data)
                 config, model = run.build(data, cluster)
+                objective = run.objective(data, cluster)
                 title = run.title(data, model, cluster)
             if self.resume and cluster.main and not folders(self.out):
                 there = "has no checkpoint yet" if read_options(self.out) else "is not there"
@@ -179,7 +180,7 @@ class TrainRun:
                 other = "rank {} begins with other weights than rank 0 (`init`, or another version of torch)"
                 cluster.check_same(checksum(model), other)
             hooks = replace(run.hooks(data, config), title=title, quiet=quiet)
-            return train(model, batches, run.objective(data), run.train, directory, hooks, cluster)
+            return train(model, batches, objective, run.train, directory, hooks, cluster)
 
     def check(self) -> None:
         """Check everything that needs no data; raises ValueError or OSError. Changes nothing."""
@@ -369,18 +370,22 @@ class TrainRun:
             load_base(model, self.base, self.out)
         if self.lora:
             model = with_adapter(model, adapter_for(model, self.base, self.lora, self.lora_alpha, self.lora_targets))
-        if self.only:
-            freeze_others(model, self.only)
+        if only := self.only or (tuple(set(config.kinds)) if self.learns == "mixers" else ()):
+            freeze_others(model, only)
         return config, model
 
-    def objective(self, data: Data) -> Objective:
+    def objective(self, data: Data, cluster: Cluster = ALONE) -> Objective:
         """Language modelling, or learning from the teacher.
 
         Raises:
-            ValueError: the teacher has another tokenizer than the data, or fewer tokens.
+            ValueError: the teacher has another tokenizer than the data, or fewer tokens; or the mesh divides what
+                student and teacher compare.
         """
         if not self.teacher:
             return language_modelling
+        if cluster.cp.size > 1 or (self.learns == "mixers" and cluster.sharded):
+            divided = "rows" if cluster.cp.size > 1 else "layers"
+            raise ValueError(f"`teacher` compares whole {divided}, which this mesh divides: use `dp_replicate` alone")
         folder = ModelFolder.open(self.teacher)
         check_vocabulary(folder, data)
         return distillation(folder.model(device=str(pick_device(self.train.device))), self.learns)

@@ -35,12 +35,13 @@ class Speedometer:
     """Meter of throughput (tokens a second), MFU and memory of each step.
 
     MFU (model FLOPs utilisation: PaLM, arXiv 2204.02311) is relative to the speed of a large matrix product on this
-    machine, measured when the meter is made.
+    machine, measured when the meter is made. A run that trains some weights only has none: its FLOPs are not counted.
     """
 
     def __init__(self, training: Training):
         model, config = training.model, training.config
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self._whole = all(p.requires_grad for p in model.parameters())
         flops = cost.training_flops_per_token(model.config, training.batches.length)
         peak = gemm_rate(model.device, dtype, size=1024, repeats=4) * training.cluster.world_size
         self.device, self._mfu, self._began = model.device, flops / peak, time.perf_counter()
@@ -52,4 +53,5 @@ class Speedometer:
     def read(self, tokens: int) -> dict[str, float]:
         """Metrics of the step that ends now, which read `tokens` tokens."""
         rate = tokens / (time.perf_counter() - self._began)
-        return {"tokens_per_second": rate, "mfu": rate * self._mfu, "memory": peak_memory(self.device)}
+        mfu = {"mfu": rate * self._mfu} if self._whole else {}
+        return {"tokens_per_second": rate, **mfu, "memory": peak_memory(self.device)}

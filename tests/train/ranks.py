@@ -28,10 +28,12 @@ from retentive.data.packed import Packed
 from retentive.evals.heldout import held_out_loss
 from retentive.infer.generate import prefill
 from retentive.infer.pieces import prefill_in_pieces
-from retentive.models import build, config_of
+from retentive.models import LanguageModel, build, config_of, twin
 from retentive.train import Hooks, TrainConfig, language_modelling, speed, train
 from retentive.train.checkpoints import folders
 from retentive.train.directory import RunDirectory
+from retentive.train.distillation import distillation
+from retentive.train.initial import freeze_others
 from retentive.train.parallel import ALONE, Cluster, RankFailed
 from retentive.train.parallel import checkpoint as sharded
 from retentive.train.samples import sample_text
@@ -73,6 +75,8 @@ class Job:
     ema: float = 0.0
     async_save: bool = False
     compile: bool = False
+    learns: str = ""
+    """What the model learns from a Transformer of the same width and depth."""
     evaluate: bool = False
     """Evaluate at the second step and at the end, and write a sample."""
 
@@ -126,13 +130,21 @@ def run(job: Job, out: Path, cluster: Cluster = ALONE) -> None:
     )
     real = sharded.write
     try:
-        train(model.double() if job.wide else model, batches, language_modelling, config, directory, hooks, cluster)
+        if job.learns == "mixers":
+            freeze_others(model, set(model.config.kinds))
+        objective = language_modelling if not job.learns else distillation(teacher_of(model, job.wide), job.learns)
+        train(model.double() if job.wide else model, batches, objective, config, directory, hooks, cluster)
     except (Crash, Interrupted, RankFailed):
         pass
     except ValueError as error:  # the first process says it
         (out / f"{job.name}.error").write_text(str(error), encoding="utf-8")
     finally:
         sharded.write = real
+
+
+def teacher_of(model: LanguageModel, wide: bool) -> LanguageModel:
+    teacher = build(twin(model.config))
+    return teacher.double() if wide else teacher
 
 
 def bytes_held(optimizer: torch.optim.Optimizer) -> int:

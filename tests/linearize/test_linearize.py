@@ -1,0 +1,159 @@
+"""`retentive linearize`: its stages, what they write, that they go on to the bit, and what they refuse."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import retentive
+from retentive.checkpoint import ModelFolder, save_model
+from retentive.cli import main
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.linearize import LinearizeRun
+from retentive.models import build, transformer
+from retentive.models.students import student
+from retentive.train import TrainRun, checkpoints
+
+TEACHER = transformer(vocab_size=257, dim=32, layers=2, heads=4, kv_heads=2, tie_embeddings=True)
+BRIEF = ["--batch", "2", "--length", "48", "--precision", "fp32", "--device", "cpu", "--warmup", "2", "--window", "8"]
+BRIEF += ["--sinks", "2", "--save-every", "2", "--eval-tokens", "200", "--mixers", "600", "--predictions", "600"]
+BRIEF += ["--tokens", "600", "--lr-new", "1e-2"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """The working directory: a teacher, and two texts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("retentive.train.speed.gemm_rate", lambda device, dtype, **how: 1e12)
+    torch.manual_seed(1)
+    model = build(TEACHER)
+    for p in model.parameters():  # its predictions depend on what is far away
+        torch.nn.init.normal_(p, std=1.5 * p.shape[-1] ** -0.5) if p.ndim == 2 else None
+    save_model("teacher", model, ByteTokenizer())
+    Path("texts").mkdir()
+    for n in range(8):
+        text = "".join(f"The café number {n} has {m} chairs and a view of the river.\n" for m in range(12))
+        Path("texts", f"{n}.txt").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def linearize(*more: str) -> None:
+    main(["linearize", "teacher", "--data", "texts", "--out", "mine", *BRIEF, *more])
+
+
+def records(run: str, key: str) -> list:
+    lines = Path(run, "metrics.jsonl").read_text().splitlines()
+    return [line[key] for line in map(json.loads, lines) if key in line]
+
+
+def test_stages_lead_from_the_teacher_in_a_window_to_a_model_that_is_closer_to_it(place, capsys):
+    linearize()
+    said = capsys.readouterr().err
+    assert "teacher: held-out loss" in said and "student before training: held-out loss" in said
+    assert "mine-mixers: what mixers add" in said and "| mean |" in said
+    measured = json.loads(Path("mine-student", "measured.json").read_text())
+    first = records("mine-mixers", "loss")
+    assert len(first) == 600 // (2 * 48)
+    table = Path("mine-mixers", "layers.md").read_text().splitlines()[-1]
+    before, after = map(float, table.replace("|", " ").split()[1:])
+    assert after < before
+    kl = records("mine-predictions", "loss") + records("mine", "loss")
+    assert len(kl) == 2 * len(first) and sum(kl[-3:]) < sum(kl[:3])
+    assert measured["teacher"] > 0 and records("mine", "held_out_loss")
+    assert Path("mine/loss.png").read_bytes().startswith(b"\x89PNG")
+    model, tokenizer = retentive.load("mine")
+    assert model.config == student(TEACHER, window=8, sinks=2) and model.config.constant_state
+    assert tokenizer.encode("a") == ByteTokenizer().encode("a")
+    before, after = (load_file(f"mine{end}/model.safetensors") for end in ("-student", "-predictions"))
+    changed = {name for name, x in after.items() if not torch.equal(x, before[name])}
+    assert changed and all("retention" in name for name in changed)
+    assert any("ffn" in n for n, x in load_file("mine/model.safetensors").items() if not torch.equal(x, after[n]))
+
+
+@pytest.mark.parametrize(("stage", "save"), [("mine-mixers", 2), ("mine", 8)])
+def test_a_stage_that_was_stopped_goes_on_to_the_bit(stage, save, place, monkeypatch):
+    """A signal comes while the checkpoint number `save` is made; each stage makes three."""
+    runs = ("mine-mixers", "mine-predictions", "mine")
+    linearize()
+    whole, losses = load_file("mine/model.safetensors"), [records(run, "loss") for run in runs]
+    for end in ("", "-student", "-mixers", "-predictions", "-data"):
+        Path(f"mine{end}").rename(f"whole{end}")
+    real, saves = checkpoints.contents, []
+
+    def told(training):
+        saves.append(training.step)
+        if len(saves) == save:
+            signal.raise_signal(signal.SIGTERM)
+        return real(training)
+
+    monkeypatch.setattr(checkpoints, "contents", told)
+    linearize()
+    assert len(records(stage, "loss")) == 5 and (stage == "mine") == Path("mine").exists()
+    linearize("--resume")
+    assert [records(run, "loss") for run in runs] == losses
+    again = load_file("mine/model.safetensors")
+    assert all(torch.equal(x, again[name]) for name, x in whole.items())
+
+
+def test_stages_can_be_left_out_and_layers_keep_their_attention(place):
+    linearize("--mixers", "0", "--predictions", "0", "--attention", "1", "--window", "0")
+    assert not Path("mine-mixers").exists() and not Path("mine-predictions").exists()
+    assert ModelFolder.open("mine").config.kinds == ("retention", "attention")
+
+
+def test_packed_data_is_taken_as_it_is(place):
+    main(["data", "texts", "--out", "packed", "--tokenizer", "bytes"])
+    LinearizeRun(
+        "teacher", Path("packed"), Path("mine"), window=8, sinks=2, length=48, mixers=0, predictions=0, tokens=100
+    ).run(quiet=True)
+    assert not Path("mine-data").exists() and len(records("mine", "loss")) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (["--window", "48"], "--length 48 is within the window of 48 and 2 sinks, beyond which retention is to learn"),
+        (["--tokens", "0"], "--tokens must be at least 1, the tokens of the last stage, got 0"),
+        (["--window", "-1"], "--window must be at least 0, got -1"),
+        (["--attention", "5"], "attention in layer 5: the teacher has layers 0 to 1"),
+        (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--data", "texts", "packed"], "packed is packed, others are texts: pack all of them, or none"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(argv, error, place, capsys):
+    main(["data", "texts", "--out", "packed", "--tokenizer", "bytes"])
+    before = {path.name for path in Path().iterdir()}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        linearize(*argv)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and error in said[-1], said
+    assert {path.name for path in Path().iterdir()} - before <= {"mine-student"}
+
+
+def test_a_teacher_of_retention_is_refused(place, capsys):
+    main(["convert", "teacher", "other"])
+    with pytest.raises(SystemExit):
+        main(["linearize", "novels", "--data", "texts", "--out", "mine", *BRIEF])
+    assert "a student needs a teacher of attention alone, this is a RetNet" in capsys.readouterr().err
+    assert not list(Path().glob("mine*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (dict(teacher="teacher", mode="carry"), "`teacher` reads every row from its beginning"),
+        (dict(learns="mixers"), "`learns` is of a teacher: name one"),
+        (dict(only=("nothing",)), "no weight has this in its name"),
+        (dict(teacher="novels"), "novels has another tokenizer than packed"),
+    ],
+)
+def test_training_from_a_teacher_refuses(options, error, place):
+    main(["data", "texts", "--out", "packed", "--tokenizer", "bytes"])
+    with pytest.raises(ValueError, match=error):
+        TrainRun.of("packed", "run", steps=1, size="1m", length=16, **options).run(quiet=True)
+    assert not Path("run").exists()
