@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from retentive.evals import evaluate
     from retentive.infer.writing import generate, stream_generate
 
-__all__ = ["evaluate", "generate", "load", "sft", "stream_generate", "train"]
+__all__ = ["evaluate", "generate", "linearize", "load", "sft", "stream_generate", "train"]
 
 __version__ = "0.5.0"
 
@@ -79,3 +79,18 @@ def sft(model: str | Path, data: str | Path | Sequence[str | Path], out: str | P
     from retentive.train import SftRun
 
     return SftRun.of(data, out, init=str(model), **options).run(overrides=options)
+
+
+def linearize(teacher: str | Path, data: str | Path | Sequence[str | Path], out: str | Path, **options: Any) -> Path:
+    """The run directory `out`, with a RetNet made of the Transformer `teacher`, which learnt from texts in `data`.
+
+    Args:
+        options: fields of `retentive.linearization.LinearizeRun` and `retentive.train.TrainConfig`, by their names:
+            `window=192, tokens=1_000_000, lr=1e-4`, …
+
+    Raises:
+        ValueError: options, teacher and texts that do not go together; others as `LinearizeRun.run`.
+    """
+    from retentive.linearization import LinearizeRun
+
+    return LinearizeRun.of(teacher, data, out, **options).run(overrides=options)

@@ -8,7 +8,7 @@ import tyro
 from retentive.cli.data import shown
 from retentive.cli.parsing import parse, typed_options
 from retentive.cli.train import stoppable
-from retentive.linearize import LinearizeRun
+from retentive.linearization import LinearizeRun
 
 
 def main(argv: list[str]) -> None:

@@ -41,6 +41,7 @@ from retentive.compare import Comparison
 from retentive.data.prepare import DataConfig
 from retentive.infer import SamplingParams
 from retentive.infer import generate as generated
+from retentive.linearization import LinearizeRun
 from retentive.models import PRESETS, cost
 from retentive.models.presets import Size, flat
 from retentive.ops import backends
@@ -54,6 +55,7 @@ COMMANDS = {
     "data": data.DataCommand,
     "train": TrainRun,
     "sft": SftRun,
+    "linearize": LinearizeRun,
     "generate": generate.GenerateCommand,
     "memory write": memory.WriteCommand,
     "memory ask": memory.AskCommand,

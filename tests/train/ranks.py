@@ -76,7 +76,7 @@ class Job:
     async_save: bool = False
     compile: bool = False
     learns: str = ""
-    """What the model learns from a Transformer of the same width and depth."""
+    """As in TrainRun, from a Transformer of the same width and depth."""
     evaluate: bool = False
     """Evaluate at the second step and at the end, and write a sample."""
 

@@ -12,9 +12,9 @@ Recipe: LoLCATs (arXiv 2410.10254), MOHAWK (arXiv 2408.10189).
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,10 +26,11 @@ from retentive.checkpoint.save import save_model
 from retentive.data.loader import Mode
 from retentive.data.prepare import prepare
 from retentive.files import write_json, write_text
-from retentive.linearize.beside import curves, errors, plot, table
+from retentive.linearization.beside import curves, errors, plot, table
 from retentive.machine import pick_device
 from retentive.models import LanguageModel, build, cost
 from retentive.models.students import student, take_over
+from retentive.options import check_names
 from retentive.tables import counted, millions
 from retentive.train.config import TrainConfig
 from retentive.train.log import say
@@ -87,6 +88,22 @@ class LinearizeRun:
         )
     )  # fmt: skip
     """Options of every stage; `lr` is that of stage 3, and steps follow from tokens."""
+
+    @classmethod
+    def of(
+        cls, teacher: str | Path, data: str | Path | Sequence[str | Path], out: str | Path, **options: Any
+    ) -> "LinearizeRun":
+        """Make a run from keywords: fields of LinearizeRun or TrainConfig.
+
+        Raises:
+            TypeError: an unknown keyword, or a value of the wrong type.
+        """
+        train: Any = next(f.default_factory for f in fields(cls) if f.name == "train")
+        of_train, own = {f.name for f in fields(TrainConfig)}, {f.name for f in fields(cls)}
+        check_names("linearize", options, of_train | own - {"teacher", "data", "out", "train"})
+        config = replace(train(), **{name: options.pop(name) for name in of_train & set(options)})
+        sources = (data,) if isinstance(data, str | Path) else data
+        return cls(str(teacher), tuple(map(Path, sources)), Path(out), train=config, **options)
 
     def run(self, *, overrides: Collection[str] | None = None, quiet: bool = False, shown: Shown = nullcontext) -> Path:
         """Train all stages that are not done, and return the run directory of the last.

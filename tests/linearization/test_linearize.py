@@ -12,7 +12,6 @@ import retentive
 from retentive.checkpoint import ModelFolder, save_model
 from retentive.cli import main
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.linearize import LinearizeRun
 from retentive.models import build, transformer
 from retentive.models.students import student
 from retentive.train import TrainRun, checkpoints
@@ -106,9 +105,8 @@ def test_stages_can_be_left_out_and_layers_keep_their_attention(place):
 
 def test_packed_data_is_taken_as_it_is(place):
     main(["data", "texts", "--out", "packed", "--tokenizer", "bytes"])
-    LinearizeRun(
-        "teacher", Path("packed"), Path("mine"), window=8, sinks=2, length=48, mixers=0, predictions=0, tokens=100
-    ).run(quiet=True)
+    how = dict(window=8, sinks=2, length=48, mixers=0, predictions=0, tokens=100, precision="fp32", warmup=1)
+    retentive.linearize("teacher", "packed", "mine", **how)
     assert not Path("mine-data").exists() and len(records("mine", "loss")) == 2
 
 
@@ -133,6 +131,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, error, place, capsys):
     said = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and error in said[-1], said
     assert {path.name for path in Path().iterdir()} - before <= {"mine-student"}
+
+
+def test_unknown_keywords_are_refused(place):
+    with pytest.raises(TypeError, match="linearize has no option 'windows': did you mean window."):
+        retentive.linearize("teacher", "texts", "mine", windows=8)
 
 
 def test_a_teacher_of_retention_is_refused(place, capsys):
