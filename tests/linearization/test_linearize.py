@@ -134,7 +134,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, error, place, capsys):
 
 
 def test_unknown_keywords_are_refused(place):
-    with pytest.raises(TypeError, match="linearize has no option 'windows': did you mean window."):
+    with pytest.raises(TypeError, match="linearize has no option 'windows': did you mean window"):
         retentive.linearize("teacher", "texts", "mine", windows=8)
 
 
