@@ -8,6 +8,9 @@ PYTEST  := -m pytest -n $(WORKERS) --dist worksteal
 # the first that runs: a version manager may have a command for each, and an interpreter behind few of them
 OLDEST  ?= $(firstword $(foreach p,python3.10 python3.11 python3.12,$(shell $(p) -c "print('$(p)')" 2>/dev/null)) $(PYTHON))
 
+# tests start hundreds of processes, and each would compile all modules anew
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test test-slow test-oldest test-newest check docs docs-serve clean
 
 demo: $(VENV)/.installed  ## install, train on the Python library's source, show what a RetNet is (minutes)

@@ -1,5 +1,6 @@
 """Shared fixtures: one seed, poisoned memory, and ways of asserting."""
 
+import gc
 import os
 import re
 import signal
@@ -151,3 +152,8 @@ def visit(chromium):
 
     with visits(chromium) as open_page:
         yield open_page
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector thousands of tests, which live to the end."""
+    gc.freeze()
