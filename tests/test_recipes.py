@@ -14,12 +14,15 @@ import torch
 from retentive.cli.train import read_recipe
 from retentive.compare import Comparison
 from retentive.data.chats import chats
-from retentive.models import build
+from retentive.linearization import LinearizeRun
+from retentive.models import build, transformer
+from retentive.models.students import student
 from retentive.train import TrainRun
 
 pytestmark = pytest.mark.slow
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.py"))
+FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(path for path in FOLDER.glob("*.py") if not path.stem.startswith("linearize_"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -33,6 +36,16 @@ def test_recipe(recipe):
             with torch.device("meta"):
                 model = build(run.config(4096))
             assert model.config.name.lower() == run.model
+
+
+@pytest.mark.parametrize("recipe", sorted(FOLDER.glob("linearize_*.py")), ids=lambda path: path.stem)
+def test_recipe_of_a_student(recipe):
+    made, _ = read_recipe(["--recipe", str(recipe)], LinearizeRun)
+    made.check()
+    teacher = transformer(vocab_size=99, dim=64, layers=3, heads=4, kv_heads=2)
+    assert student(teacher, window=made.window or None, sinks=made.sinks).constant_state
+    stages = made.stages(Path("begin"), (Path("data"),))
+    assert [run.train.steps > 1 for run in stages] == [True] * len(stages) and stages[-1].out == made.out
 
 
 def prepared(recipe: str, *args: str, cwd: Path) -> str:
