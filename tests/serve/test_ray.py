@@ -84,7 +84,8 @@ def test_conversations_stay_where_their_states_are(client, retnet):
             assert there.choices[0].message.content == here.choices[0].message.content
             assert there.session["tokens"] == here.session["tokens"] > tokens.get(name, 0)
             tokens[name] = there.session["tokens"]
-    assert len({replica(client, name) for name in names}) == 2
+    # names are hashed onto replicas whose places are random: eight of them may all come to one
+    assert len({replica(client, f"talk-{n}") for n in range(64)}) == 2
 
 
 def replica(client, name: str) -> str:
@@ -98,7 +99,10 @@ def test_a_saved_state_is_restored_on_any_replica(client):
     http = httpx.Client(base_url=str(client.base_url), timeout=30)
     saved = http.post("states", json={"session": "first", "name": "ada"}, headers={"X-Session-Id": "first"}).json()
     answers, met = [], set()
-    for name in (f"later-{n}" for n in range(8)):
+    for n in range(64):
+        if n >= 8 and len(met) == 2:
+            break
+        name = f"later-{n}"
         headers = {"X-Session-Id": name}
         restored = http.post("states/ada/restore", json={"session": name}, headers=headers).json()
         assert restored["tokens"] == saved["tokens"]
