@@ -1,8 +1,8 @@
 """Distillation: objectives with which a student learns from a teacher, of the same tokens.
 
     predictions   Kullback-Leibler divergence of the student's next tokens from the teacher's (arXiv 1503.02531)
-    mixers        what the mixers of each layer add, compared in the teacher's own hidden states: all layers at once,
-                  each by itself
+    mixers        squared error of the outputs of each layer's mixers, in the teacher's own hidden states: all layers at
+                  once, each by itself
 
 A layer is the blocks up to a feed-forward layer: one for most models, two where a window is followed by retention.
 """
@@ -17,6 +17,7 @@ from retentive.models import LanguageModel
 from retentive.models.model import Block
 from retentive.ops.distillation import kl_divergence
 from retentive.train.objective import Objective
+from retentive.train.parallel import Cluster
 
 Learns = Literal["predictions", "mixers"]
 
@@ -44,6 +45,13 @@ def distillation(teacher: LanguageModel, learns: Learns) -> Objective:
         return torch.stack(errors).mean(), batch.ids.numel(), None
 
     return predictions if learns == "predictions" else mixers
+
+
+def check_whole(cluster: Cluster, learns: Learns) -> None:
+    """Raise ValueError if the mesh divides the rows, or the layers, that student and teacher compare."""
+    if cluster.cp.size > 1 or (learns == "mixers" and cluster.sharded):
+        divided = "rows" if cluster.cp.size > 1 else "layers"
+        raise ValueError(f"`teacher` compares whole {divided}, which this mesh divides: use `dp_replicate` alone")
 
 
 def relative_error(have: Tensor, want: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def freeze_others(model: LanguageModel, names: Collection[str]) -> None:
     """Freeze all weights but those whose names contain one of `names`; raises ValueError for one that none contains."""
     found = [name for name, _ in model.named_parameters()]
     if unknown := [part for part in names if not any(part in name for name in found)]:
-        raise ValueError(f"{option('only', unknown[0])}: no weight has this in its name, such as {found[-2]}")
+        raise ValueError(f"{option('only', unknown[0])}: no weight has this in its name; one is {found[-2]}")
     for name, p in model.named_parameters():
         p.requires_grad_(any(part in name for part in names))
 

@@ -30,7 +30,7 @@ from retentive.tables import counted, millions
 from retentive.train.checkpoints import folders
 from retentive.train.config import TrainConfig
 from retentive.train.directory import Existing, RunDirectory, read_options
-from retentive.train.distillation import Learns, distillation
+from retentive.train.distillation import Learns, check_whole, distillation
 from retentive.train.hooks import Hooks, hooks_on
 from retentive.train.initial import (
     adapter_for,
@@ -88,7 +88,7 @@ class TrainRun:
     """Model folder of a teacher with the same tokenizer (distillation): the model learns from it instead of from the
     text."""
     learns: Learns = "predictions"
-    """With a teacher: its predictions, or what its mixers add, layer by layer."""
+    """With a teacher: its predictions, or the outputs of its mixers, layer by layer."""
     only: tuple[str, ...] = ()
     """Train only weights whose names contain one of these, such as retention. Default: all."""
     mode: Mode | Literal["auto"] = "reset"
@@ -383,12 +383,10 @@ class TrainRun:
         """
         if not self.teacher:
             return language_modelling
-        if cluster.cp.size > 1 or (self.learns == "mixers" and cluster.sharded):
-            divided = "rows" if cluster.cp.size > 1 else "layers"
-            raise ValueError(f"`teacher` compares whole {divided}, which this mesh divides: use `dp_replicate` alone")
-        folder = ModelFolder.open(self.teacher)
-        check_vocabulary(folder, data)
-        return distillation(folder.model(device=str(pick_device(self.train.device))), self.learns)
+        teacher = ModelFolder.open(self.teacher)
+        check_vocabulary(teacher, data)
+        check_whole(cluster, self.learns)
+        return distillation(teacher.model(device=str(self._device(cluster))), self.learns)
 
     def hooks(self, data: Data, config: Config) -> Hooks:
         """Hooks with evaluation if the data hold out text, and samples if the model can decode."""
