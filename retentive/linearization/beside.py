@@ -15,7 +15,7 @@ from retentive.train.log import read_metrics
 
 @torch.no_grad()
 def errors(student: LanguageModel, teacher: LanguageModel, batch: Any) -> list[float]:
-    """Mean relative error of what each layer's mixers add, in the teacher's hidden states."""
+    """Mean relative error of the outputs of each layer's mixers, in the teacher's hidden states."""
     return [float(relative_error(have, want).mean()) for have, want in compared(student, teacher, batch)]
 
 

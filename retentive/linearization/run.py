@@ -1,20 +1,22 @@
 """Turn a Transformer into a RetNet: a student of the same layers, trained to do as its teacher does.
 
     OUT-student      the student before training: the teacher's weights, retention that has learnt nothing
-    OUT-mixers       stage 1: what each layer's mixers add, in the teacher's own hidden states
+    OUT-mixers       stage 1: outputs of each layer's mixers, in the teacher's own hidden states
     OUT-predictions  stage 2: the teacher's next tokens; only retention is trained
     OUT              stage 3: the same with all weights
 
 Each stage is a run of its own (`TrainRun`), with checkpoints, metrics and samples, and begins with the model of the
-stage before. OUT-student/measured.json holds the teacher's held-out loss and the student's before training, and
-OUT-mixers/layers.md the error of each layer. OUT/loss.png shows the losses of all stages.
+stage before. OUT-student also holds the options for `resume` (linearize.json) and the held-out losses of the teacher
+and of the student before training (measured.json). OUT-mixers/layers.md has the error of each layer. loss.png in each
+run directory shows the losses so far.
 Recipe: LoLCATs (arXiv 2410.10254), MOHAWK (arXiv 2408.10189).
 """
 
 import json
+import shutil
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,12 +35,15 @@ from retentive.models.students import student, take_over
 from retentive.options import check_names
 from retentive.tables import counted, millions
 from retentive.train.config import TrainConfig
+from retentive.train.directory import Existing, RunDirectory
 from retentive.train.log import say
-from retentive.train.run import TrainRun
+from retentive.train.run import TrainRun, nested
 from retentive.train.sft import Shown
 
 NEW = ("retention",)
 """Part of the names of weights that a student has and its teacher has not."""
+RECORD = "linearize.json"
+"""File in OUT-student that keeps the options of the run."""
 
 
 @dataclass(frozen=True)
@@ -98,41 +103,68 @@ class LinearizeRun:
         Raises:
             TypeError: an unknown keyword, or a value of the wrong type.
         """
-        train: Any = next(f.default_factory for f in fields(cls) if f.name == "train")
-        of_train, own = {f.name for f in fields(TrainConfig)}, {f.name for f in fields(cls)}
-        check_names("linearize", options, of_train | own - {"teacher", "data", "out", "train"})
-        config = replace(train(), **{name: options.pop(name) for name in of_train & set(options)})
+        parts: Any = {f.name: f.default_factory() for f in fields(cls) if f.name == "train"}
+        check_names("linearize", options, NAMES | {f.name for f in fields(TrainConfig)})
         sources = (data,) if isinstance(data, str | Path) else data
-        return cls(str(teacher), tuple(map(Path, sources)), Path(out), train=config, **options)
+        return cls(str(teacher), tuple(map(Path, sources)), Path(out), **nested(parts, options))
 
     def run(self, *, overrides: Collection[str] | None = None, quiet: bool = False, shown: Shown = nullcontext) -> Path:
         """Train all stages that are not done, and return the run directory of the last.
 
         Args:
-            overrides: as in `TrainRun.run`.
+            overrides: names of the fields that the user chose, for a resumed run: all others are taken from the run on
+                disk. If not given, all fields count as chosen.
             quiet: print nothing on stderr.
             shown: as in `SftRun.run`.
 
         Raises:
-            ValueError, OSError: as `TrainRun.run`; and the teacher is no Transformer, or cannot be read.
+            ValueError, OSError: as `TrainRun.run`; and the teacher is no Transformer, or cannot be read. Nothing is
+                left of a student without data.
         """
+        if self.resume and overrides is not None:
+            return self.resumed(overrides).run(quiet=quiet, shown=shown)
         self.check()
-        begin = self.made(quiet=quiet)
-        data = self.packed(begin, shown)
-        runs = self.stages(begin, data)
+        begin, new = self.beside("student"), not self.beside("student").exists()
+        try:
+            self.make(begin, quiet=quiet)
+            runs = self.stages(begin, self.packed(begin, shown))
+        except Exception:
+            if new:
+                shutil.rmtree(begin, ignore_errors=True)
+            raise
         measured = self.measured(begin, runs[-1])
         for name, loss in measured.items():
             say(f"{name}: held-out loss {loss:.4f}", quiet=quiet)
         for run in runs:
             say(f"{run.out.name}: {self.plan(run)}", quiet=quiet)
-            run.run(overrides=overrides and {"steps"} | set(overrides) & set(run.options), quiet=quiet)
+            run.run(overrides=set(run.options) - {"size", "model"}, quiet=quiet)  # the student brings those
             if run.learns == "mixers":
                 say(self.layers(begin, run), quiet=quiet)
             self.picture(runs, measured)
         return self.out
 
+    def resumed(self, chosen: Collection[str]) -> "LinearizeRun":
+        """The run with the options of the one on disk, but for the `chosen` ones; itself if there is none.
+
+        Raises:
+            ValueError: the record is damaged.
+        """
+        file = self.beside("student") / RECORD
+        if not file.is_file():
+            return self
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            train = TrainConfig(**saved.pop("train"))
+            own: Any = {name: tuple(x) if isinstance(x, list) else x for name, x in saved.items()}
+            before = replace(self, **own, train=train)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{file} does not hold a run's options ({error}): it cannot go on") from None
+        kept = {name: getattr(self, name) for name in NAMES & set(chosen)}
+        of_train = {f.name: getattr(self.train, f.name) for f in fields(self.train) if f.name in chosen}
+        return replace(before, **{**kept, "resume": True}, train=replace(before.train, **of_train))
+
     def check(self) -> None:
-        """Check what needs no model; raises ValueError. Changes nothing."""
+        """Check everything that needs no model and no data; raises ValueError or OSError. Changes nothing."""
         if self.resume and self.overwrite:
             raise ValueError("`resume` and `overwrite` exclude each other: go on with the run, or begin anew")
         for name in ("window", "sinks", "mixers", "predictions"):
@@ -144,6 +176,14 @@ class LinearizeRun:
             raise ValueError(
                 f"`length={self.length}` is within the window of {self.window} and {self.sinks} sinks, beyond which "
                 "retention is to learn: take longer rows"
+            )
+        existing: Existing = "resume" if self.resume else "overwrite" if self.overwrite else "refuse"
+        for out in (self.beside("mixers"), self.beside("predictions"), self.out):
+            RunDirectory(out, existing=existing).check()
+        if existing == "refuse" and self.beside("student").exists():
+            raise FileExistsError(
+                f"{self.beside('student')} already holds a student: `resume=True` goes on, `overwrite=True` begins "
+                "anew, or choose another `out`"
             )
 
     def beside(self, what: str) -> Path:
@@ -194,7 +234,7 @@ class LinearizeRun:
     def measured(self, begin: Path, run: TrainRun) -> dict[str, float]:
         """Held-out loss of the teacher, and of the student before training; {} if the data hold out no text."""
         file = begin / "measured.json"
-        if file.is_file():
+        if self.resume and file.is_file():
             return json.loads(file.read_text(encoding="utf-8"))
         data, found = run.opened(), {}
         for name, folder in (("teacher", self.teacher), ("student before training", begin)):
@@ -208,7 +248,7 @@ class LinearizeRun:
     def layers(self, begin: Path, run: TrainRun) -> str:
         """Table of the errors of each layer before and after stage 1, on the data's first batch; kept in layers.md."""
         file = run.out / "layers.md"
-        if file.is_file():
+        if self.resume and file.is_file():
             return file.read_text(encoding="utf-8")
         batch = run.batches(run.opened())[0]
         teacher, before, after = (
@@ -219,7 +259,7 @@ class LinearizeRun:
         return found
 
     def picture(self, runs: list[TrainRun], measured: dict[str, float]) -> None:
-        """Draw OUT/loss.png, or beside OUT while it does not exist; nothing without matplotlib."""
+        """Draw loss.png in the run directory of the last stage that has begun; nothing without matplotlib."""
         done = [run for run in runs if (run.out / "metrics.jsonl").is_file()]
         found = curves([(run.out, run.batch * run.length * run.train.accumulate) for run in done])
         title = f"{self.out.name}: from {Path(self.teacher).name}"
@@ -229,25 +269,25 @@ class LinearizeRun:
     def plan(self, run: TrainRun) -> str:
         """Line about a stage: its tokens, and the weights that it trains."""
         tokens = run.train.steps * run.batch * run.length * run.train.accumulate
-        what = "what mixers add" if run.learns == "mixers" else "the teacher's predictions"
-        return f"{what}, {millions(tokens)} tokens, {'retention' if run.only else 'all weights'} trained"
+        target = "outputs of the teacher's mixers" if run.learns == "mixers" else "the teacher's predictions"
+        trained = "retention" if run.only else "all weights"
+        return f"trains {trained} on {target}, {millions(tokens)} tokens"
 
-    def made(self, *, quiet: bool) -> Path:
-        """Folder of the student before training, written if it is not there.
+    def make(self, folder: Path, *, quiet: bool) -> None:
+        """Write the student before training; a resumed run keeps the one that is there.
 
         Raises:
-            ValueError: the teacher has retention, or a folder of that name holds another student.
+            ValueError: the teacher has retention, or the folder holds another student.
         """
-        folder = self.beside("student")
         teacher = ModelFolder.open(self.teacher)
         if teacher.config.library:
             raise ValueError(f"{self.teacher} is a model of {teacher.config.library}: name a Transformer")
         whole: Any = teacher.config
         config = student(whole, window=self.window or None, sinks=self.sinks, attention=self.attention)
-        if (folder / "config.json").is_file() and not self.overwrite:
+        if self.resume and (folder / RECORD).is_file():
             if ModelFolder.open(folder).config != config:
                 raise ValueError(f"{folder} holds another student: choose another `out`, or `overwrite=True`")
-            return folder
+            return
         torch.manual_seed(self.train.seed)  # for the weights that the teacher does not give
         model: LanguageModel = build(config)
         take_over(model, teacher.model(dtype=torch.float32))
@@ -257,4 +297,9 @@ class LinearizeRun:
             f"{millions(cost.parameters(teacher.config))}; {counted(config.layers, 'block')}",
             quiet=quiet,
         )
-        return folder
+        own = {name: getattr(self, name) for name in sorted(NAMES - {"resume", "overwrite"})}
+        write_json(folder / RECORD, {**own, "train": asdict(self.train)})
+
+
+NAMES = {f.name for f in fields(LinearizeRun)} - {"teacher", "data", "out", "train"}
+"""Options of a run, without its folders and those of training."""

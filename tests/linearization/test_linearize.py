@@ -52,7 +52,7 @@ def test_stages_lead_from_the_teacher_in_a_window_to_a_model_that_is_closer_to_i
     linearize()
     said = capsys.readouterr().err
     assert "teacher: held-out loss" in said and "student before training: held-out loss" in said
-    assert "mine-mixers: what mixers add" in said and "| mean |" in said
+    assert "mine-mixers: trains retention on outputs of the teacher's mixers" in said and "| mean |" in said
     measured = json.loads(Path("mine-student", "measured.json").read_text())
     first = records("mine-mixers", "loss")
     assert len(first) == 600 // (2 * 48)
@@ -91,7 +91,7 @@ def test_a_stage_that_was_stopped_goes_on_to_the_bit(stage, save, place, monkeyp
     monkeypatch.setattr(checkpoints, "contents", told)
     linearize()
     assert len(records(stage, "loss")) == 5 and (stage == "mine") == Path("mine").exists()
-    linearize("--resume")
+    main(["linearize", "teacher", "--data", "texts", "--out", "mine", "--resume"])  # with its own options
     assert [records(run, "loss") for run in runs] == losses
     again = load_file("mine/model.safetensors")
     assert all(torch.equal(x, again[name]) for name, x in whole.items())
@@ -130,12 +130,26 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, error, place, capsys):
         linearize(*argv)
     said = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and error in said[-1], said
-    assert {path.name for path in Path().iterdir()} - before <= {"mine-student"}
+    assert {path.name for path in Path().iterdir()} == before
 
 
 def test_unknown_keywords_are_refused(place):
     with pytest.raises(TypeError, match="linearize has no option 'windows': did you mean window"):
         retentive.linearize("teacher", "texts", "mine", windows=8)
+
+
+def test_another_run_is_not_overwritten_unless_asked(place, capsys):
+    linearize("--mixers", "0", "--predictions", "0")
+    first = records("mine", "loss")
+    for argv in ([], ["--window", "9"]):
+        with pytest.raises(SystemExit):
+            linearize(*argv)
+        assert "already holds a run: --resume goes on with it" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        linearize("--resume", "--window", "9")
+    assert "mine-student holds another student" in capsys.readouterr().err
+    linearize("--mixers", "0", "--predictions", "0", "--window", "9", "--overwrite")
+    assert records("mine", "loss") != first and ModelFolder.open("mine").config.windows[0] == 11
 
 
 def test_a_teacher_of_retention_is_refused(place, capsys):
