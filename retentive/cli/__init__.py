@@ -17,7 +17,7 @@ VERBS = {
     "data": ("retentive.cli.data", "pack text into tokens to train on"),
     "train": ("retentive.cli.train", "train a RetNet, or its Transformer twin, on packed tokens"),
     "sft": ("retentive.cli.sft", "teach a model to answer, by conversations"),
-    "linearize": ("retentive.cli.linearize", "turn a Transformer into a RetNet that does as it did"),
+    "linearize": ("retentive.cli.linearize", "turn a Transformer into a RetNet, which learns its predictions"),
     "generate": ("retentive.cli.generate", "generate text from a prompt"),
     "memory": ("retentive.cli.memory", "read documents into a memory file of constant size; ask it, merge several"),
     "chat": ("retentive.cli.chat", "talk with a model in the terminal"),

@@ -15,7 +15,7 @@ from retentive.linearization import LinearizeRun
 
 @dataclass(frozen=True)
 class LinearizeCommand:
-    """Turn a Transformer into a RetNet that keeps its abilities in a state of constant size."""
+    """Turn a Transformer into a RetNet: a student with a state of constant size learns its predictions."""
 
     run: Annotated[LinearizeRun, tyro.conf.arg(name="")]
 

@@ -8,7 +8,7 @@ import torch
 
 from retentive.bench.lab.plot import GREY, grid
 from retentive.models import LanguageModel
-from retentive.tables import markdown, millions
+from retentive.tables import markdown
 from retentive.train.distillation import compared, relative_error
 from retentive.train.log import read_metrics
 
@@ -63,8 +63,9 @@ def plot(
         before = points[-1]
     for (name, loss), style in zip(lines.items(), ("-", "--", ":"), strict=False):
         axis.axhline(loss, linestyle=style, **GREY, label=f"{name}, {loss:.3f}")
-    axis.set_xlabel("tokens")
+    axis.set_xlabel("thousand tokens")
     axis.set_ylabel("held-out loss (nats a token)")
-    axis.xaxis.set_major_formatter(lambda x, _: millions(round(x)))
+    axis.set_xlim(left=0)
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:,g}")
     axis.legend()
     figure.savefig(path, dpi=120)

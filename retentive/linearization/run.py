@@ -42,13 +42,15 @@ from retentive.train.sft import Shown
 
 NEW = ("retention",)
 """Part of the names of weights that a student has and its teacher has not."""
+BEFORE = "student before training"
+"""Name of the untrained student among the measured losses."""
 RECORD = "linearize.json"
 """File in OUT-student that keeps the options of the run."""
 
 
 @dataclass(frozen=True)
 class LinearizeRun:
-    """Turn a Transformer into a RetNet that keeps its abilities in a state of constant size."""
+    """Turn a Transformer into a RetNet: a student with a state of constant size learns its predictions."""
 
     teacher: Annotated[str, tyro.conf.Positional]
     """Transformer to begin with: model folder, .gguf file, hf:owner/name or pypi:name."""
@@ -237,7 +239,7 @@ class LinearizeRun:
         if self.resume and file.is_file():
             return json.loads(file.read_text(encoding="utf-8"))
         data, found = run.opened(), {}
-        for name, folder in (("teacher", self.teacher), ("student before training", begin)):
+        for name, folder in (("teacher", self.teacher), (BEFORE, begin)):
             opened = ModelFolder.open(folder)
             if evaluate := run.hooks(data, opened.config).evaluate:
                 model = opened.model(device=str(pick_device(self.train.device)))
@@ -262,6 +264,8 @@ class LinearizeRun:
         """Draw loss.png in the run directory of the last stage that has begun; nothing without matplotlib."""
         done = [run for run in runs if (run.out / "metrics.jsonl").is_file()]
         found = curves([(run.out, run.batch * run.length * run.train.accumulate) for run in done])
+        if BEFORE in measured:  # where the first curve begins
+            found[0][1].insert(0, (0, measured[BEFORE]))
         title = f"{self.out.name}: from {Path(self.teacher).name}"
         with suppress(ModuleNotFoundError):
             plot(done[-1].out / "loss.png", dict(found), measured, title=title)
