@@ -138,7 +138,7 @@ class SavedStates:
         path = self._path(owner, name)
         if not path.exists() and len(self._files(owner)) >= MOST_FILES:
             raise Refused(409, f"{MOST_FILES} states are saved already: delete some", code="too_many_states")
-        if not memory.tokens:
+        if not memory.tokens and not memory.pending:  # pending alone: the queue was full after every answer so far
             raise Refused(409, "the session has read nothing yet", param="session", code="session_empty")
         with self._changing():
             # 0o700, since the files have the usual rights, but other users must not read them

@@ -8,6 +8,8 @@ import threading
 import pytest
 
 from retentive.data.tokenizer import ByteTokenizer
+from retentive.infer.conversation import Conversation
+from retentive.infer.requests import Full
 from retentive.serve.errors import Refused
 from retentive.serve.sessions import EVICTED, Sessions
 from tests.serve.asked import CHAT, START, TEXT
@@ -139,6 +141,34 @@ def test_a_state_is_saved_listed_restored_and_deleted(server):
     assert http.get("/v1/states").json()["data"] == []
     assert http.delete("/v1/states/my.state-1").status_code == 404
     assert http.post("/v1/states/my.state-1/restore", json={"session": "s"}).status_code == 404
+
+
+def test_a_session_whose_answers_could_not_be_read_yet_is_saved_and_restored(server, monkeypatch):
+    """A stop string cuts an answer, and the queue is full when the rest is to be read: all of it stays pending."""
+    http, stop = server.http(), server.text([*START, *b"User: a\nAssistant:"], max_tokens=9, temperature=0)[6:8]
+
+    def turns(name: str, between):
+        chat(http, "a", name, max_tokens=9, stop=stop)
+        between()
+        return chat(http, "b", name, max_tokens=15)["choices"]
+
+    def moved():
+        [conversation] = [x for (_, name), x in server.service.sessions.held.items() if name == "late"]
+        assert not conversation.memory.tokens and conversation.memory.pending
+        assert http.post("/v1/states", json={"session": "late", "name": "n"}).status_code == 200
+        assert http.delete("/v1/sessions/late").status_code == 200
+        assert http.post("/v1/states/n/restore", json={"session": "late"}).status_code == 200
+
+    want = turns("prompt", lambda: None)
+    submit = Conversation.submit
+
+    def full(conversation, ids, *positional, **options):
+        if ids is conversation.memory.pending:
+            raise Full("the queue is full")
+        return submit(conversation, ids, *positional, **options)
+
+    monkeypatch.setattr(Conversation, "submit", full)
+    assert turns("late", moved) == want
 
 
 FILE = {"Content-Type": "application/octet-stream"}

@@ -54,7 +54,7 @@ const actions = {
 
   async save({ session, name }) {
     await begin(session);
-    if (!conversation.tokens) throw new Refused(409, "the session has read nothing yet");
+    if (!conversation.tokens && !conversation.pending.length) throw new Refused(409, "the session has read nothing yet");
     await store.put("saved", name, await file(), conversation.tokens);
     return { state: shown(await found(name)) };
   },
