@@ -22,7 +22,7 @@ from torch import Tensor
 from retentive.checkpoint import fla, llama, torchscale
 from retentive.checkpoint.adapter import merged
 from retentive.checkpoint.find import REMOTE, find
-from retentive.checkpoint.gguf import Gguf
+from retentive.checkpoint.gguf import BLOCK, Gguf
 from retentive.checkpoint.quantize import BITS, Quantization, as_quantized, quantize
 from retentive.checkpoint.weights import Unfilled, fill, read_tensors, weights_sha256
 from retentive.data.templates import BUILT_IN, ChatTemplate, load_template, template_of
@@ -209,8 +209,18 @@ class ModelFolder:
             log.warning("%s has trained nothing yet: its weights are the initial ones; resume the run", self.path)
         if self.adapter is not None and adapter is None:
             return self.base.model(device=device, dtype=found, weights=weights, adapter=self)
-        model = self._model(device, found, None if adapter is None else ModelFolder.open(adapter))
-        return model if weights == "stored" else quantize(model, BITS[weights], dtype=found or torch.bfloat16)
+        change = None if adapter is None else ModelFolder.open(adapter)
+        if weights == "stored":
+            return self._model(device, found, change)
+        exact = found if self.gguf is None else torch.float32  # blocks of integers keep theirs only from exact floats
+        model = self._model(device, exact, change)
+        return quantize(model, BITS[weights], self.group, dtype=found or torch.bfloat16)
+
+    @property
+    def group(self) -> int | None:
+        """Columns that share a scale if the model is quantised: the block of a GGUF file's integers, so that those of
+        Q8_0 in int8, and of Q4_0 in int4, stay as they are; None for the default."""
+        return BLOCK if self.gguf else None
 
     def _model(self, device: torch.device, dtype: torch.dtype | None, adapter: "ModelFolder | None") -> LanguageModel:
         tensors, how = self.tensors(dtype), self.quantization

@@ -30,6 +30,8 @@ SUFFIX = ".gguf"
 VERSIONS = (2, 3)
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 """Types of tensors that are read."""
+BLOCK = 32
+"""Columns of a block of Q8_0 and Q4_0, which has one scale."""
 PERMUTED = {"llama": True, "qwen2": False, "qwen3": False}
 """Architectures that are read; True if rows of q and k are stored for interleaved rotation."""
 TABLE = [

@@ -27,7 +27,7 @@ BITS = {"int8": 8, "int4": 4}
 GROUPS = {8: 128, 4: 32}
 """Default number of columns that share a scale, by bits."""
 SCALES = 24
-"""Number of scales tried for a group."""
+"""Number of scales tried for a group, besides that of Q8_0."""
 MOST_CHARACTERS = 16
 """Maximum characters per token on average, which limits how much of a document is read."""
 DAMPING = 0.01
@@ -189,8 +189,9 @@ def best_scale(w: Tensor, bits: int, importance: Tensor | None = None) -> Tensor
     at = w.abs().argmax(1, keepdim=True)
     full = -w.gather(1, at)[:, 0] / top
     best, least = full, torch.full_like(full, torch.inf)
-    for step in range(SCALES):
-        scale = (full * (1.1 - 0.6 * step / SCALES)).half().to(w.dtype)
+    # the first: the largest number becomes 2^(bits-1) - 1, as in blocks of Q8_0, which it keeps as they are
+    for factor in (-top / (top - 1), *(1.1 - 0.6 * step / SCALES for step in range(SCALES))):
+        scale = (full * factor).half().to(w.dtype)
         error = ((_levels(w, scale, top) * scale[:, None] - w) ** 2 * importance).sum(1)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best.half()

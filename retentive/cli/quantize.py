@@ -34,7 +34,8 @@ class QuantizeCommand:
     tokens: int = 32768
     """Number of tokens of that text to read."""
     group: int | None = None
-    """Weights per scale, a multiple of 16 up to 256. Default: 128 for int8, 32 for int4."""
+    """Weights per scale, a multiple of 16 up to 256. Default: 128 for int8, 32 for int4; 32
+    for a .gguf file, whose integers of Q8_0 or Q4_0 stay as they are."""
     tokenizer: str | None = None
     """Tokenizer (bytes, or a tokenizer.json) for a model without one."""
 
@@ -58,17 +59,19 @@ def write(command: QuantizeCommand) -> None:
     batches: list[Tensor] = []
     source = ModelFolder.open(command.source)
     tokenizer = source.tokenizer_for_text(command.tokenizer) if command.text or command.tokenizer else source.tokenizer
-    model = source.model()
+    model = source.model(dtype=None if source.group is None else "float32")
     check_quantizable(model)
     if command.text:
         batches = batches_of(texts(command.text), source.tokenizer_for_text(tokenizer), tokens=command.tokens)
     lines = Lines()
     made = quantize(
-        model, BITS[command.to], command.group, batches=batches,
+        model, BITS[command.to], source.group if command.group is None else command.group, batches=batches,
         progress=lambda done, blocks: lines(f"{done} of {counted(blocks, 'block')}"),
     )  # fmt: skip
     replace_folder(command.out, lambda folder: save_model(folder, made, tokenizer, template=source.template_source))
     before, after = (sum(x.nbytes for x in m.parameters()) for m in (model, made))
+    if source.gguf:  # the floats exist here only
+        before = source.gguf.path.stat().st_size
     read = sum(ids.numel() for ids in batches)
     how = f", calibrated on {read:,} tokens" if read else ""
     print(f"{command.source} -> {command.out}: {command.to}, {decimal(before)} -> {decimal(after)}{how}")

@@ -10,6 +10,7 @@ from retentive.checkpoint.adapter import targets_of, with_adapter
 from retentive.checkpoint.gguf import TYPES, Gguf
 from retentive.cli import main
 from retentive.layers.lora import Adapter
+from retentive.layers.quantized import Quantized
 from retentive.native import NativeModel
 from retentive.serve.service import open_service
 from retentive.train.sft import SftRun
@@ -53,6 +54,19 @@ def test_other_types_are_decoded(kind, original, tmp_path, ids, same):
     by_default, _ = retentive.load(file)
     assert by_default.dtype == torch.bfloat16
     same(list(by_default.parameters()), [x.to(torch.bfloat16) for x in ours.parameters()], 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "weights"), [("Q8_0", "int8"), ("Q4_0", "int4")])
+def test_integers_of_the_same_bits_stay_as_they_are(kind, weights, original, tmp_path, same, capsys):
+    file = write_gguf(tmp_path / "m.gguf", original("llama")[0], kind)
+    wanted = retentive.load(file, dtype="float32")[0].state_dict()
+    main(["quantize", str(file), "--to", weights, "--out", str(tmp_path / "q")])
+    for model in (retentive.load(file, weights=weights)[0], retentive.load(tmp_path / "q")[0]):
+        matrices = {name: m for name, m in model.named_modules() if isinstance(m, Quantized)}
+        assert len(matrices) > 8
+        for name, m in matrices.items():
+            same(m.float().floats(m.weight, m.scale), wanted[f"{name}.weight"], 0)
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
