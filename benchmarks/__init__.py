@@ -21,5 +21,6 @@ BENCHES = {
     "speculation": "benchmarks.speculation",
     "scoring": "benchmarks.scoring",
     "soak": "benchmarks.soak",
+    "students": "benchmarks.students",
 }
 """The module of each name, imported when its benchmark runs."""
