@@ -42,7 +42,8 @@ def test_recipe(recipe):
 def test_recipe_of_a_student(recipe):
     made, _ = read_recipe(["--recipe", str(recipe)], LinearizeRun)
     made.check()
-    teacher = transformer(vocab_size=99, dim=64, layers=3, heads=4, kv_heads=2)
+    layers = len(made.window) if isinstance(made.window, tuple) else 3
+    teacher = transformer(vocab_size=99, dim=64, layers=layers, heads=4, kv_heads=2)
     assert student(teacher, window=made.window or None, sinks=made.sinks).constant_state
     stages = made.stages(Path("begin"), (Path("data"),))
     assert [run.train.steps > 1 for run in stages] == [True] * len(stages) and stages[-1].out == made.out
@@ -54,6 +55,22 @@ def prepared(recipe: str, *args: str, cwd: Path) -> str:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(cwd), *sys.path])}
     done = subprocess.run([sys.executable, program, *args], cwd=cwd, env=env, capture_output=True, text=True)
     return done.stderr.strip()
+
+
+def test_texts_with_facts_ask_for_what_they_told(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.txt").write_text("".join(f"Line number {n} says little.\n" for n in range(900)))
+    assert prepared("linearize_smollm2.py", "mine", "facts", cwd=tmp_path) == ""
+    texts = [path.read_text().splitlines() for path in sorted((tmp_path / "facts").iterdir())]
+    assert len(texts) == 600 and len({"\n".join(text) for text in texts}) == 600
+    for text in texts[:20]:
+        asked = text[-12:]
+        told = [line for line in text[:-12] if not line.startswith("Line number")]
+        assert len(told) == 12 and 4000 < sum(map(len, text)) < 8000
+        values = {line.rstrip(".").split(" is ")[-1] for line in told}
+        assert {line.rstrip(".").split(" is ")[-1].split("Answer: ")[-1] for line in asked} == values
+    assert "no .txt file" in prepared("linearize_smollm2.py", "facts/none", "more", cwd=tmp_path)
+    assert prepared("linearize_smollm2.py", cwd=tmp_path).startswith("SmolLM2-135M-Instruct")
 
 
 def turns(path: Path) -> list[list[str]]:

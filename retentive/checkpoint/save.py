@@ -59,7 +59,7 @@ def save_model(
         }
     )
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of older weights, which `load` would prefer
-    _save_words(folder, tokenizer, template)
+    save_words(folder, tokenizer, template)
 
 
 def save_all_but_weights(
@@ -67,7 +67,7 @@ def save_all_but_weights(
 ) -> None:
     """Writes the files of `save_model` beside model.safetensors, which a sharded checkpoint writes in parts."""
     write_text(folder / "config.json", json.dumps(_described(model), indent=2) + "\n")
-    _save_words(folder, tokenizer, template)
+    save_words(folder, tokenizer, template)
 
 
 def saved(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -90,7 +90,9 @@ def _described(model: LanguageModel) -> dict[str, Any]:
     return raw
 
 
-def _save_words(folder: Path, tokenizer: Tokenizer | None, template: str | None) -> None:
+def save_words(folder: Path, tokenizer: Tokenizer | None, template: str | None = None) -> None:
+    """Writes a folder's files of text: the tokenizer and the source of the chat template, those that there are."""
+    folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(folder)
     if template is not None:

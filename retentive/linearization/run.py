@@ -6,9 +6,9 @@
     OUT              stage 3: the same with all weights
 
 Each stage is a run of its own (`TrainRun`), with checkpoints, metrics and samples, and begins with the model of the
-stage before. OUT-student also holds the options for `resume` (linearize.json) and the held-out losses of the teacher
-and of the student before training (measured.json). OUT-mixers/layers.md has the error of each layer. loss.png in each
-run directory shows the losses so far.
+stage before. OUT-student also holds the options for `resume` (linearize.json), the window of each layer (windows.md)
+and the held-out losses of the teacher and of the student before training (measured.json). OUT-mixers/layers.md has the
+error of each layer. loss.png in each run directory shows the losses so far.
 Recipe: LoLCATs (arXiv 2410.10254), MOHAWK (arXiv 2408.10189).
 """
 
@@ -18,32 +18,42 @@ from collections.abc import Collection, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import tyro
 
 from retentive.checkpoint import ModelFolder
-from retentive.checkpoint.save import save_model
+from retentive.checkpoint.save import save_model, save_words
 from retentive.data.loader import Mode
 from retentive.data.prepare import prepare
 from retentive.files import write_json, write_text
 from retentive.linearization.beside import curves, errors, plot, table
-from retentive.machine import pick_device
-from retentive.models import LanguageModel, build, cost
+from retentive.linearization.windows import dearest, shared_out, sizes, window_costs
+from retentive.linearization.written import write_chats
+from retentive.machine import gemm_rate, pick_device
+from retentive.models import LanguageModel, ModelConfig, build, cost
 from retentive.models.students import student, take_over
-from retentive.options import check_names
-from retentive.tables import counted, millions
+from retentive.options import check_names, option
+from retentive.tables import counted, duration, markdown, millions
 from retentive.train.config import TrainConfig
 from retentive.train.directory import Existing, RunDirectory
 from retentive.train.log import say
+from retentive.train.resume import plain
 from retentive.train.run import TrainRun, nested
 from retentive.train.sft import Shown
+from retentive.train.speed import pick_precision
 
 NEW = ("retention",)
 """Part of the names of weights that a student has and its teacher has not."""
 BEFORE = "student before training"
 """Name of the untrained student among the measured losses."""
+MEASURED = 8192
+"""Tokens on which the costs of windows are measured."""
+ALONE = 64
+"""Window whose cost chooses the layers that keep attention where the others have none."""
+REACHED = 0.5
+"""Share of this machine's rate of matrix products that training reaches about, for estimates of time."""
 RECORD = "linearize.json"
 """File in OUT-student that keeps the options of the run."""
 
@@ -62,14 +72,18 @@ class LinearizeRun:
     chats: bool = False
     """Read the texts as conversations."""
     data_weights: tuple[float, ...] = ()
-    """Mixing weight of each data folder, in the same order; only the ratios matter. Default: proportional to its
-    tokens."""
-    window: int = 192
-    """Tokens that attention sees beside retention; 0: retention alone."""
+    """Mixing weight of each data folder, in the same order (the teacher's conversations last); only the ratios matter.
+    Default: proportional to its tokens."""
+    from_teacher: int = 0
+    """Tokens of conversations that the teacher writes (OUT-chats.jsonl), as one more data folder."""
+    window: int | tuple[int, ...] = 192
+    """Tokens that attention sees beside retention, in the mean over the layers: those that lose more get more. Or one
+    number for each layer. 0: retention alone."""
     sinks: int = 4
     """First tokens that it always sees."""
-    attention: tuple[int, ...] = ()
-    """Layers that keep the teacher's attention, and with it a cache that grows."""
+    attention: int | tuple[int, ...] = 0
+    """How many layers keep the teacher's attention, and with it a cache that grows: those that lose most by a window.
+    Or several numbers: these layers."""
     mixers: int = 200_000
     """Tokens of stage 1; 0 leaves it out."""
     predictions: int = 1_000_000
@@ -128,8 +142,10 @@ class LinearizeRun:
         self.check()
         begin, new = self.beside("student"), not self.beside("student").exists()
         try:
-            self.make(begin, quiet=quiet)
+            teacher = self.opened()
+            save_words(begin, teacher.tokenizer, teacher.template_source)
             runs = self.stages(begin, self.packed(begin, shown))
+            self.make(begin, teacher, runs[-1], quiet=quiet)
         except Exception:
             if new:
                 shutil.rmtree(begin, ignore_errors=True)
@@ -138,7 +154,7 @@ class LinearizeRun:
         for name, loss in measured.items():
             say(f"{name}: held-out loss {loss:.4f}", quiet=quiet)
         for run in runs:
-            say(f"{run.out.name}: {self.plan(run)}", quiet=quiet)
+            say(f"{run.out.name}: {self.plan(run, teacher.config)}", quiet=quiet)
             run.run(overrides=set(run.options) - {"size", "model"}, quiet=quiet)  # the student brings those
             if run.learns == "mixers":
                 say(self.layers(begin, run), quiet=quiet)
@@ -169,14 +185,16 @@ class LinearizeRun:
         """Check everything that needs no model and no data; raises ValueError or OSError. Changes nothing."""
         if self.resume and self.overwrite:
             raise ValueError("`resume` and `overwrite` exclude each other: go on with the run, or begin anew")
-        for name in ("window", "sinks", "mixers", "predictions"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}")
+        for name in ("window", "sinks", "attention", "mixers", "predictions", "from_teacher"):
+            value = getattr(self, name)
+            if least := [n for n in (value if isinstance(value, tuple) else (value,)) if n < 0]:
+                raise ValueError(f"{option(name, least[0])}: must be at least 0")
         if self.tokens < 1:
             raise ValueError(f"`tokens` must be at least 1, the tokens of the last stage, got {self.tokens}")
-        if self.window and self.length <= self.window + self.sinks:
+        window = min(self.window) if isinstance(self.window, tuple) else self.window
+        if window and self.length <= window + self.sinks:
             raise ValueError(
-                f"`length={self.length}` is within the window of {self.window} and {self.sinks} sinks, beyond which "
+                f"`length={self.length}` is within the window of {window} and {self.sinks} sinks, beyond which "
                 "retention is to learn: take longer rows"
             )
         existing: Existing = "resume" if self.resume else "overwrite" if self.overwrite else "refuse"
@@ -192,26 +210,57 @@ class LinearizeRun:
         """Folder of an earlier stage."""
         return self.out.with_name(f"{self.out.name}-{what}")
 
+    def opened(self) -> ModelFolder:
+        """The teacher's folder.
+
+        Raises:
+            ValueError: it is no Transformer of ours, or has too few layers for the student.
+        """
+        teacher = ModelFolder.open(self.teacher)
+        if teacher.config.library:
+            raise ValueError(f"{self.teacher} is a model of {teacher.config.library}: name a Transformer")
+        config = cast(ModelConfig, teacher.config)
+        if isinstance(self.attention, int) and self.attention > config.layers:
+            raise ValueError(
+                f"{option('attention', self.attention)}: the teacher has {counted(config.layers, 'layer')}"
+            )
+        student(config, window=self.window or None, sinks=self.sinks, attention=self.whole)
+        return teacher
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Layers that keep their attention, as far as they are named."""
+        return self.attention if isinstance(self.attention, tuple) else ()
+
     def packed(self, begin: Path, shown: Shown) -> tuple[Path, ...]:
-        """Folders of packed data: the given ones, or OUT-data, packed from the texts if it is not there.
+        """Folders of packed data: the given ones, or OUT-data, packed from the texts if it is not there; and OUT-chats.
 
         Raises:
             ValueError: packed folders and texts are mixed.
-            ValueError, OSError: as `prepare`.
+            ValueError, OSError: as `prepare` and `write_chats`.
         """
         sources = self.data if isinstance(self.data, tuple) else (self.data,)
         already = [(source / "meta.json").is_file() for source in sources]
-        if all(already):
-            return sources
-        if any(already):
+        if any(already) and not all(already):
             raise ValueError(f"{sources[already.index(True)]} is packed, others are texts: pack all of them, or none")
-        folder = self.beside("data")
+        folders = sources if all(already) else (self.prepared("data", sources, begin, shown, chats=self.chats),)
+        return (*folders, self.written(begin, shown)) if self.from_teacher else folders
+
+    def prepared(self, what: str, sources: tuple[Path, ...], begin: Path, shown: Shown, *, chats: bool) -> Path:
+        """OUT-`what`, packed from the sources with the tokenizer in `begin`; a resumed run keeps it."""
+        folder = self.beside(what)
         if not (folder / "meta.json").is_file() or not self.resume:
             with shown() as progress:
-                prepare(
-                    sources, folder, tokenizer=str(begin), chats=self.chats, overwrite=self.overwrite, progress=progress
-                )
-        return (folder,)
+                prepare(sources, folder, tokenizer=str(begin), chats=chats, overwrite=self.overwrite, progress=progress)
+        return folder
+
+    def written(self, begin: Path, shown: Shown) -> Path:
+        """OUT-chats, packed from the conversations in OUT-chats.jsonl, which the teacher writes first."""
+        file = self.beside("chats.jsonl")
+        if not file.is_file() or not self.resume:
+            with shown() as progress:
+                write_chats(self.opened(), file, self.from_teacher, seed=self.train.seed, progress=progress)
+        return self.prepared("chats", (file,), begin, shown, chats=True)
 
     def stages(self, begin: Path, data: tuple[Path, ...]) -> list[TrainRun]:
         """Runs of all stages, first to last, on packed data."""
@@ -270,39 +319,79 @@ class LinearizeRun:
         with suppress(ModuleNotFoundError):
             plot(done[-1].out / "loss.png", dict(found), measured, title=title)
 
-    def plan(self, run: TrainRun) -> str:
-        """Line about a stage: its tokens, and the weights that it trains."""
+    def plan(self, run: TrainRun, teacher: Any) -> str:
+        """Line about a stage: its tokens, the weights that it trains, and how long it takes."""
         tokens = run.train.steps * run.batch * run.length * run.train.accumulate
         target = "outputs of the teacher's mixers" if run.learns == "mixers" else "the teacher's predictions"
         trained = "retention" if run.only else "all weights"
-        return f"trains {trained} on {target}, {millions(tokens)} tokens"
+        forward, read = (
+            cost.mean_flops_per_token(cast(ModelConfig, config), run.length)
+            for config in (ModelFolder.open(self.beside("student")).config, teacher)
+        )
+        flops = tokens * (read + (2 if run.only else 3) * forward)  # weights that are kept need no gradient
+        device = pick_device(self.train.device)
+        dtype = torch.bfloat16 if pick_precision(self.train.precision, device) == "bf16" else torch.float32
+        seconds = flops / (REACHED * gemm_rate(device, dtype, size=1024, repeats=4))
+        return f"trains {trained} on {target}, {millions(tokens)} tokens, about {duration(seconds)}"
 
-    def make(self, folder: Path, *, quiet: bool) -> None:
+    def make(self, folder: Path, teacher: ModelFolder, run: TrainRun, *, quiet: bool) -> None:
         """Write the student before training; a resumed run keeps the one that is there.
 
         Raises:
-            ValueError: the teacher has retention, or the folder holds another student.
+            ValueError: the folder holds another student.
         """
-        teacher = ModelFolder.open(self.teacher)
-        if teacher.config.library:
-            raise ValueError(f"{self.teacher} is a model of {teacher.config.library}: name a Transformer")
-        whole: Any = teacher.config
-        config = student(whole, window=self.window or None, sinks=self.sinks, attention=self.attention)
+        own = {name: getattr(self, name) for name in sorted(NAMES - {"resume", "overwrite"})}
         if self.resume and (folder / RECORD).is_file():
-            if ModelFolder.open(folder).config != config:
+            saved = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            if any(saved[name] != plain(own[name]) for name in ("window", "sinks", "attention")):
                 raise ValueError(f"{folder} holds another student: choose another `out`, or `overwrite=True`")
             return
+        weights, whole = teacher.model(dtype=torch.float32), cast(ModelConfig, teacher.config)
+        window, attention = self.chosen(folder, weights, run, quiet=quiet)
+        config = student(whole, window=window or None, sinks=self.sinks, attention=attention)
         torch.manual_seed(self.train.seed)  # for the weights that the teacher does not give
         model: LanguageModel = build(config)
-        take_over(model, teacher.model(dtype=torch.float32))
+        take_over(model, weights)
         save_model(folder, model, teacher.tokenizer, template=teacher.template_source)
         say(
             f"{folder.name}: {millions(cost.parameters(config))} parameters, the teacher has "
-            f"{millions(cost.parameters(teacher.config))}; {counted(config.layers, 'block')}",
+            f"{millions(cost.parameters(whole))}; {counted(config.layers, 'block')}",
             quiet=quiet,
         )
-        own = {name: getattr(self, name) for name in sorted(NAMES - {"resume", "overwrite"})}
         write_json(folder / RECORD, {**own, "train": asdict(self.train)})
+
+    def chosen(
+        self, folder: Path, teacher: LanguageModel, run: TrainRun, *, quiet: bool
+    ) -> tuple[int | Sequence[int], tuple[int, ...]]:
+        """Windows, and the layers that keep their attention; measured on the run's first rows unless all are given."""
+        layers, whole = len(teacher.blocks), self.whole
+        number = self.attention if isinstance(self.attention, int) else 0
+        mean = self.window if isinstance(self.window, int) else 0
+        if not mean and not number:
+            return self.window, whole
+        windows = sizes(mean) if mean else [ALONE]
+        batches, rows = run.batches(run.opened()), max(MEASURED // (run.batch * run.length), 1)
+        device = pick_device(self.train.device)
+        costs = window_costs(
+            teacher.to(device), [batches[n].to(device) for n in range(rows)], windows, sinks=self.sinks,
+            precision=pick_precision(self.train.precision, device),
+        )  # fmt: skip
+        equal = [own[windows.index(mean) if mean else 0] for own in costs]
+        whole = dearest(equal, number) if number else whole
+        if not mean:
+            return self.window, whole
+        others = [i for i in range(layers) if i not in whole]
+        share = dict(zip(others, shared_out([costs[i] for i in others], windows, mean), strict=True))
+        found = [share.get(i, mean) for i in range(layers)]
+        rows_of = [
+            [str(i), "all" if i in whole else str(found[i]), f"{equal[i]:.4f}",
+             f"{0 if i in whole else costs[i][windows.index(found[i])]:.4f}"]
+            for i in range(layers)
+        ]  # fmt: skip
+        shown = markdown(["layer", "window", f"cost of {mean} tokens, nats", "of its window"], rows_of)
+        write_text(folder / "windows.md", shown + "\n")
+        say(shown, quiet=quiet)
+        return found, whole
 
 
 NAMES = {f.name for f in fields(LinearizeRun)} - {"teacher", "data", "out", "train"}

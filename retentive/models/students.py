@@ -1,6 +1,7 @@
 """Students of a Transformer: the same layers with retention in place of attention, or beside a window of it.
 
     window=192, sinks=4    attention in a window and to the first tokens, then retention, which reads all tokens
+    window=(64, 400, …)    the same with a window for each layer
     window=None            retention alone
 
 Layers named in `attention` keep the teacher's attention as it is. Feed-forward layers, norms and embeddings are the
@@ -9,7 +10,7 @@ with sinks: arXiv 2309.17453; both kinds of mixers in one layer: Samba (arXiv 24
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from retentive.layers.config import AttentionConfig, RetentionConfig
 from retentive.models.config import BlockConfig, ModelConfig
 from retentive.models.model import LanguageModel
 from retentive.ops import decay as decays
+from retentive.tables import counted
 
 HALF_LIVES = (32.0, 1024.0)
 """Tokens after which the first and the last head of new retention have forgotten half; others lie between."""
@@ -28,7 +30,7 @@ HALF_LIVES = (32.0, 1024.0)
 def student(
     teacher: ModelConfig,
     *,
-    window: int | None = 192,
+    window: int | Sequence[int] | None = 192,
     sinks: int = 4,
     attention: Collection[int] = (),
     **changes: Any,
@@ -36,27 +38,30 @@ def student(
     """Config of a Transformer's student.
 
     Args:
-        window: tokens that attention sees beside retention; None: no attention.
+        window: tokens that attention sees beside retention, in every layer or in each; None: no attention.
         sinks: first tokens that it always sees.
         attention: numbers of the layers that keep the teacher's attention.
         changes: fields of RetentionConfig.
 
     Raises:
-        ValueError: the teacher has blocks of retention, or no such layer.
+        ValueError: the teacher has blocks of retention, no such layer, or another number of layers than windows.
     """
     if teacher.retains:
         raise ValueError(f"a student needs a teacher of attention alone, this is a {teacher.name}")
     if wrong := [i for i in attention if not 0 <= i < teacher.layers]:
         raise ValueError(f"attention in layer {wrong[0]}: the teacher has layers 0 to {teacher.layers - 1}")
+    windows = [window] * teacher.layers if window is None or isinstance(window, int) else window
+    if len(windows) != teacher.layers:
+        raise ValueError(f"{counted(len(windows), 'window')} for a teacher of {counted(teacher.layers, 'layer')}")
     blocks: list[BlockConfig] = []
-    for i, block in enumerate(teacher.blocks):
+    for i, (block, own) in enumerate(zip(teacher.blocks, windows, strict=True)):
         if i in attention:
             blocks.append(block)
             continue
-        if window is not None:
+        if own is not None:
             beside: Any = block.mixer
-            blocks.append(BlockConfig(replace(beside, window=window, sinks=sinks, moving_sinks=True), None))
-        blocks.append(BlockConfig(retention_for(block.mixer, alone=window is None, **changes), block.ffn))
+            blocks.append(BlockConfig(replace(beside, window=own, sinks=sinks, moving_sinks=sinks > 0), None))
+        blocks.append(BlockConfig(retention_for(block.mixer, alone=own is None, **changes), block.ffn))
     return replace(teacher, blocks=tuple(blocks))
 
 

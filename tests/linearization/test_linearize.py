@@ -26,7 +26,8 @@ BRIEF += ["--tokens", "600", "--lr-new", "1e-2"]
 def place(tmp_path, monkeypatch) -> Path:
     """The working directory: a teacher, and two texts."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("retentive.train.speed.gemm_rate", lambda device, dtype, **how: 1e12)
+    for room in ("train.speed", "linearization.run"):
+        monkeypatch.setattr(f"retentive.{room}.gemm_rate", lambda device, dtype, **how: 1e12)
     torch.manual_seed(1)
     model = build(TEACHER)
     for p in model.parameters():  # its predictions depend on what is far away
@@ -64,7 +65,9 @@ def test_stages_lead_from_the_teacher_in_a_window_to_a_model_that_is_closer_to_i
     assert measured["teacher"] > 0 and records("mine", "held_out_loss")
     assert Path("mine/loss.png").read_bytes().startswith(b"\x89PNG")
     model, tokenizer = retentive.load("mine")
-    assert model.config == student(TEACHER, window=8, sinks=2) and model.config.constant_state
+    windows = [int(line.split("|")[2]) for line in Path("mine-student", "windows.md").read_text().splitlines()[2:]]
+    assert sum(windows) <= 2 * 8 and model.config.constant_state
+    assert model.config == student(TEACHER, window=windows, sinks=2)
     assert tokenizer.encode("a") == ByteTokenizer().encode("a")
     before, after = (load_file(f"mine{end}/model.safetensors") for end in ("-student", "-predictions"))
     changed = {name for name, x in after.items() if not torch.equal(x, before[name])}
@@ -98,9 +101,24 @@ def test_a_stage_that_was_stopped_goes_on_to_the_bit(stage, save, place, monkeyp
 
 
 def test_stages_can_be_left_out_and_layers_keep_their_attention(place):
-    linearize("--mixers", "0", "--predictions", "0", "--attention", "1", "--window", "0")
+    left_out = ["--mixers", "0", "--predictions", "0", "--overwrite"]
+    linearize(*left_out, "--attention", "1", "--window", "0")
     assert not Path("mine-mixers").exists() and not Path("mine-predictions").exists()
-    assert ModelFolder.open("mine").config.kinds == ("retention", "attention")
+    kinds = ModelFolder.open("mine").config.kinds
+    assert sorted(kinds) == ["attention", "retention"]
+    linearize(*left_out, "--attention", "1", "--window", "8")
+    assert sorted(ModelFolder.open("mine").config.kinds) == ["attention", "attention", "retention"]
+    assert "| all |" in Path("mine-student", "windows.md").read_text()
+    linearize(*left_out, "--attention", "0", "1", "--window", "0")
+    assert ModelFolder.open("mine").config.kinds == ("attention", "attention")
+
+
+def test_each_layer_takes_the_window_that_it_is_given(place):
+    linearize("--mixers", "0", "--predictions", "0", "--window", "5", "20")
+    assert (
+        ModelFolder.open("mine").config.windows == (5 + 2, 0, 20 + 2, 0)
+        and not Path("mine-student", "windows.md").exists()
+    )
 
 
 def test_packed_data_is_taken_as_it_is(place):
@@ -115,8 +133,11 @@ def test_packed_data_is_taken_as_it_is(place):
     [
         (["--window", "48"], "--length 48 is within the window of 48 and 2 sinks, beyond which retention is to learn"),
         (["--tokens", "0"], "--tokens must be at least 1, the tokens of the last stage, got 0"),
-        (["--window", "-1"], "--window must be at least 0, got -1"),
-        (["--attention", "5"], "attention in layer 5: the teacher has layers 0 to 1"),
+        (["--window", "-1"], "--window -1: must be at least 0"),
+        (["--window", "8", "9", "9"], "3 windows for a teacher of 2 layers"),
+        (["--attention", "3"], "--attention 3: the teacher has 2 layers"),
+        (["--attention", "0", "5"], "attention in layer 5: the teacher has layers 0 to 1"),
+        (["--from-teacher", "-5"], "--from-teacher -5: must be at least 0"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["--data", "nowhere"], "nowhere"),
         (["--data", "texts", "packed"], "packed is packed, others are texts: pack all of them, or none"),
@@ -148,8 +169,8 @@ def test_another_run_is_not_overwritten_unless_asked(place, capsys):
     with pytest.raises(SystemExit):
         linearize("--resume", "--window", "9")
     assert "mine-student holds another student" in capsys.readouterr().err
-    linearize("--mixers", "0", "--predictions", "0", "--window", "9", "--overwrite")
-    assert records("mine", "loss") != first and ModelFolder.open("mine").config.windows[0] == 11
+    linearize("--mixers", "0", "--predictions", "0", "--window", "9", "11", "--overwrite")
+    assert records("mine", "loss") != first and ModelFolder.open("mine").config.windows == (9 + 2, 0, 11 + 2, 0)
 
 
 def test_a_teacher_of_retention_is_refused(place, capsys):

@@ -25,6 +25,10 @@ def made(teacher, **how):
     return model
 
 
+def windows(config):
+    return [b.mixer.window for b in config.blocks if b.mixer.kind == "attention"]
+
+
 def test_a_student_beside_a_window_begins_as_the_teacher_in_that_window():
     teacher = taught(TEACHER)
     model = made(teacher, window=9, sinks=2)
@@ -61,7 +65,16 @@ def test_layers_that_keep_attention_are_the_teachers():
     assert model.config.blocks[0] is TEACHER.blocks[0]
     model = made(teacher, window=7, attention=(1,))
     assert model.config.kinds == ("attention", "retention", "attention", "attention", "retention")
-    assert [b.mixer.window for b in model.config.blocks if b.mixer.kind == "attention"] == [7, None, 7]
+    assert windows(model.config) == [7, None, 7]
+
+
+def test_each_layer_may_have_a_window_of_its_own():
+    assert windows(student(TEACHER, window=(5, 40, 9))) == [5, 40, 9]
+    assert windows(student(TEACHER, window=(5, 40, 9), attention=(1,))) == [5, None, 9]
+
+
+def test_a_student_may_have_no_sinks():
+    assert student(TEACHER, window=9, sinks=0).constant_state
 
 
 @pytest.mark.parametrize(
@@ -69,6 +82,7 @@ def test_layers_that_keep_attention_are_the_teachers():
     [
         (retnet(vocab_size=9, dim=32, layers=1, heads=2), {}, "needs a teacher of attention alone, this is a RetNet"),
         (TEACHER, {"attention": (3,)}, "attention in layer 3: the teacher has layers 0 to 2"),
+        (TEACHER, {"window": (8, 9)}, "2 windows for a teacher of 3 layers"),
         (TEACHER, {"window": 0}, "the window must be at least 1 token"),
         (TEACHER, {"heads": 3}, "key_dim 32 is not divisible by heads 3"),
     ],
