@@ -10,7 +10,7 @@ Layouts: our own, torchscale's, fla's and Llama's. Weights are read from safeten
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -69,7 +69,7 @@ class ModelFolder:
     """Quantisation of the matrices; None if they are floats."""
     gguf: Gguf | None = None
     """GGUF file that holds everything, in place of the folder's files; None for a folder."""
-    limits: tuple[int | None, int | None] = (None, None)
+    limits: tuple[int | Sequence[int] | None, int | None] = (None, None)
     """Window and sinks given to `windowed`, for the model that the adapter changes."""
 
     @staticmethod
@@ -105,7 +105,7 @@ class ModelFolder:
             return self.name
         return self.gguf.path.stem if self.gguf else self.path.resolve().name
 
-    def windowed(self, window: int | None, sinks: int | None = None) -> "ModelFolder":
+    def windowed(self, window: int | Sequence[int] | None, sinks: int | None = None) -> "ModelFolder":
         """Returns the folder with a window in the model's attention, for all that loads it; arguments and errors as
         `ModelConfig.with_window`."""
         config = self.config.with_window(window, sinks)
@@ -262,7 +262,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     adapter: str | Path | ModelFolder | None = None,
     weights: Weights = "stored",
-    window: int | None = None,
+    window: int | Sequence[int] | None = None,
     sinks: int | None = None,
 ) -> tuple[LanguageModel, Tokenizer | None]:
     """Returns (model in eval mode, tokenizer or None) of a folder; arguments and errors as `ModelFolder`'s methods."""

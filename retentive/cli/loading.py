@@ -19,9 +19,9 @@ from retentive.native import with_engine
 class Limits:
     """Flags that limit how much of a text a model's attention sees."""
 
-    window: int | None = None
+    window: int | tuple[int, ...] | None = None
     """Limit attention to this many last tokens, in all layers without a smaller window: memory stops growing, and
-    older tokens are no longer seen."""
+    older tokens are no longer seen. Or one number for each attention layer."""
     sinks: int | None = None
     """First tokens of a text that stay visible beside --window. A model trained without a window needs some, such as
     4."""

@@ -6,10 +6,10 @@ The functions in `presets.py` return such configs: RetNet, its twin, hybrids, an
 `from __future__ import annotations`: `check_fields` reads the field types.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from retentive.layers.config import (
     LIMITS,
@@ -21,6 +21,7 @@ from retentive.layers.config import (
     positive,
 )
 from retentive.options import option
+from retentive.tables import counted
 
 Mixer = RetentionConfig | AttentionConfig
 """Config of a layer that mixes tokens."""
@@ -165,18 +166,19 @@ class ModelConfig:
         wider = (replace(b, ffn=b.ffn and replace(b.ffn, width=b.ffn.width + more)) for b in self.blocks)
         return replace(self, blocks=tuple(wider))
 
-    def with_window(self, window: int | None, sinks: int | None = None) -> "ModelConfig":
+    def with_window(self, window: int | Sequence[int] | None, sinks: int | None = None) -> "ModelConfig":
         """Returns the config with a window in all attention layers that have none or a larger one.
 
         The weights fit as they are: the same layers see the last tokens only, and the state stops growing.
 
         Args:
-            window: number of tokens that a token attends to, itself included; None: returns the config itself.
+            window: number of tokens that a token attends to, itself included: one for all layers, or one for each
+                attention layer; None: returns the config itself.
             sinks: first tokens of a text that it attends to as well; None: as many as each layer had.
 
         Raises:
             ValueError: no layer attends, every window is smaller already, `sinks` without a window or beside a forget
-                gate, or a number is invalid.
+                gate, a number is invalid, or there are more or fewer windows than attention layers.
         """
         if window is None:
             if sinks is not None:
@@ -184,7 +186,16 @@ class ModelConfig:
             return self
         if not self.attends:
             raise ValueError(f"{option('window', window)}: a {self.name} has no attention to limit; leave it out")
-        blocks = tuple(_windowed(block, window, sinks) for block in self.blocks)
+        attend = [isinstance(mixer, AttentionConfig) for mixer in self.mixers]
+        windows = list(window) if isinstance(window, Sequence) else [window] * sum(attend)
+        if len(windows) != sum(attend):
+            count = counted(sum(attend), "attention layer")
+            raise ValueError(f"{option('window', window)}: the model has {count}; give one number, or one for each")
+        each = iter(windows)
+        blocks = tuple(
+            _windowed(block, next(each), sinks) if attends else block
+            for block, attends in zip(self.blocks, attend, strict=True)
+        )
         if all(new is old for new, old in zip(blocks, self.blocks, strict=True)):
             most = max(m.window or 0 for m in self.mixers if isinstance(m, AttentionConfig))
             raise ValueError(f"{option('window', window)}: the model has a window of {most}; give at most that")
@@ -221,10 +232,8 @@ class ModelConfig:
 
 
 def _windowed(block: BlockConfig, window: int, sinks: int | None) -> BlockConfig:
-    """Returns the block with the window; itself if it has a smaller one, or no attention."""
-    mixer = block.mixer
-    if not isinstance(mixer, AttentionConfig):
-        return block
+    """Returns the block of attention with the window; itself if it has a smaller one."""
+    mixer = cast(AttentionConfig, block.mixer)
     sinks = mixer.sinks if sinks is None else sinks
     # a layer that was trained with sinks keeps their distances; others know none beyond the texts of their training
     moving = bool(sinks) and (mixer.moving_sinks or not mixer.sinks)

@@ -5,6 +5,7 @@ blocks are the library's. Their states are not those of `state.py`: they can be 
 served.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -55,7 +56,7 @@ class PeerConfig:
         """Architecture, for display."""
         return self.kind
 
-    def with_window(self, window: int | None, sinks: int | None = None) -> "PeerConfig":
+    def with_window(self, window: int | Sequence[int] | None, sinks: int | None = None) -> "PeerConfig":
         """Returns itself; raises ValueError for a window or sinks, since the library's models take none here."""
         if window is not None or sinks is not None:
             raise ValueError(f"`window` and `sinks` are of this package's models, this is one of {self.library}")

