@@ -13,6 +13,7 @@ Recipe: LoLCATs (arXiv 2410.10254), MOHAWK (arXiv 2408.10189).
 """
 
 import json
+import math
 import shutil
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext, suppress
@@ -153,6 +154,12 @@ class LinearizeRun:
         measured = self.measured(begin, runs[-1])
         for name, loss in measured.items():
             say(f"{name}: held-out loss {loss:.4f}", quiet=quiet)
+        if not measured.get("teacher", 0) < (chance := math.log(teacher.config.vocab_size)):
+            say(
+                f"warning: equally likely tokens would have a loss of {chance:.4f}, the teacher is no better: its "
+                "weights are damaged, or named otherwise than they are used, or the text is of another kind",
+                quiet=quiet,
+            )
         for run in runs:
             say(f"{run.out.name}: {self.plan(run, teacher.config)}", quiet=quiet)
             run.run(overrides=set(run.options) - {"size", "model"}, quiet=quiet)  # the student brings those
