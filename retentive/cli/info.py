@@ -150,7 +150,8 @@ def fields_of(config: Any) -> Iterator[str]:
         mixer, ffn = (block[name] for name in ("mixer", "ffn"))
         kind = mixer.pop("kind")
         yield f"{block['repeat']} x {kind}: " + "  ".join(f"{k}={v}" for k, v in mixer.items())
-        yield f"{' ' * len(str(block['repeat']))}   feed-forward: " + "  ".join(f"{k}={v}" for k, v in ffn.items())
+        layer = "  ".join(f"{k}={v}" for k, v in ffn.items()) if ffn else "none"
+        yield f"{' ' * len(str(block['repeat']))}   feed-forward: {layer}"
 
 
 def senses(encoders: Mapping[str, EncoderConfig], dim: int) -> Iterator[str]:

@@ -27,20 +27,21 @@ import tyro
 from retentive.checkpoint import ModelFolder
 from retentive.checkpoint.save import save_model, save_words
 from retentive.data.loader import Mode
+from retentive.data.packed import Packed
 from retentive.data.prepare import prepare
-from retentive.files import write_json, write_text
+from retentive.files import only_writer, write_json, write_text
 from retentive.linearization.beside import curves, errors, plot, table
-from retentive.linearization.windows import dearest, shared_out, sizes, window_costs
+from retentive.linearization.windows import choose
 from retentive.linearization.written import write_chats
 from retentive.machine import gemm_rate, pick_device
 from retentive.models import LanguageModel, ModelConfig, build, cost
 from retentive.models.students import student, take_over
 from retentive.options import check_names, option
-from retentive.tables import counted, duration, markdown, millions
+from retentive.tables import counted, duration, millions
 from retentive.train.config import TrainConfig
-from retentive.train.directory import Existing, RunDirectory
+from retentive.train.directory import DELETED, Existing, RunDirectory
 from retentive.train.log import say
-from retentive.train.resume import plain
+from retentive.train.resume import check_unchanged
 from retentive.train.run import TrainRun, nested
 from retentive.train.sft import Shown
 from retentive.train.speed import pick_precision
@@ -51,12 +52,14 @@ BEFORE = "student before training"
 """Name of the untrained student among the measured losses."""
 MEASURED = 8192
 """Tokens on which the costs of windows are measured."""
-ALONE = 64
-"""Window whose cost chooses the layers that keep attention where the others have none."""
 REACHED = 0.5
 """Share of this machine's rate of matrix products that training reaches about, for estimates of time."""
 RECORD = "linearize.json"
 """File in OUT-student that keeps the options of the run."""
+BESIDE = ("student", "data", "chats")
+"""Folders beside that of the run which are no stages."""
+FIXED = ("teacher", "data", "chats", "from_teacher", "window", "sinks", "attention")
+"""Options that a resumed run may not change. Each stage checks its own."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +79,17 @@ class LinearizeRun:
     """Mixing weight of each data folder, in the same order (the teacher's conversations last); only the ratios matter.
     Default: proportional to its tokens."""
     from_teacher: int = 0
-    """Tokens of conversations that the teacher writes (OUT-chats.jsonl), as one more data folder."""
+    """Tokens of conversations that the teacher writes, as one more data folder (OUT-chats)."""
     window: int | tuple[int, ...] = 192
-    """Tokens that attention sees beside retention, in the mean over the layers: those that lose more get more. Or one
+    """Tokens that attention sees beside retention, on average over the layers: those that need more get more. Or one
     number for each layer. 0: retention alone."""
     sinks: int = 4
-    """First tokens that it always sees."""
+    """First tokens that attention always sees."""
     attention: int | tuple[int, ...] = 0
     """How many layers keep the teacher's attention, and with it a cache that grows: those that lose most by a window.
     Or several numbers: these layers."""
-    mixers: int = 200_000
-    """Tokens of stage 1; 0 leaves it out."""
+    mixers: int = 0
+    """Tokens of stage 1; 0 leaves it out. It helps where retention is alone (`window=0`)."""
     predictions: int = 1_000_000
     """Tokens of stage 2; 0 leaves it out."""
     tokens: int = 500_000
@@ -102,7 +105,7 @@ class LinearizeRun:
     resume: bool = False
     """Go on with the stage that was stopped."""
     overwrite: bool = False
-    """Begin anew."""
+    """Begin anew: deletes the earlier run with all its stages and its OUT-data."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: TrainConfig(
             lr=1e-4, warmup=20, weight_decay=0.0, beta2=0.95, eval_every=100, eval_tokens=8192, save_every=50,
@@ -120,6 +123,7 @@ class LinearizeRun:
         Raises:
             TypeError: an unknown keyword, or a value of the wrong type.
         """
+        options = {name: tuple(x) if isinstance(x, list) else x for name, x in options.items()}
         parts: Any = {f.name: f.default_factory() for f in fields(cls) if f.name == "train"}
         check_names("linearize", options, NAMES | {f.name for f in fields(TrainConfig)})
         sources = (data,) if isinstance(data, str | Path) else data
@@ -141,17 +145,28 @@ class LinearizeRun:
         if self.resume and overrides is not None:
             return self.resumed(overrides).run(quiet=quiet, shown=shown)
         self.check()
-        begin, new = self.beside("student"), not self.beside("student").exists()
+        teacher = self.opened()
+        with only_writer(self.beside("student")):
+            self._train(teacher, quiet, shown)
+        return self.out
+
+    def _train(self, teacher: ModelFolder, quiet: bool, shown: Shown) -> None:
+        """Make the student and train all stages, once no other process does."""
+        begin, beside = self.beside("student"), [self.beside(what) for what in BESIDE]
+        if self.overwrite:
+            self._clear()
+        new = [folder for folder in beside if not folder.exists()]
         try:
-            teacher = self.opened()
-            save_words(begin, teacher.tokenizer, teacher.template_source)
-            runs = self.stages(begin, self.packed(begin, shown))
+            if not (begin / RECORD).is_file():
+                save_words(begin, teacher.tokenizer, teacher.template_source)
+                write_json(begin / RECORD, self._record())
+            runs = self.stages(begin, self.packed(begin, teacher, shown))
             self.make(begin, teacher, runs[-1], quiet=quiet)
+            measured = self.measured(begin, runs[-1])
         except Exception:
-            if new:
-                shutil.rmtree(begin, ignore_errors=True)
+            for folder in new:
+                shutil.rmtree(folder, ignore_errors=True)
             raise
-        measured = self.measured(begin, runs[-1])
         for name, loss in measured.items():
             say(f"{name}: held-out loss {loss:.4f}", quiet=quiet)
         if not measured.get("teacher", 0) < (chance := math.log(teacher.config.vocab_size)):
@@ -166,7 +181,22 @@ class LinearizeRun:
             if run.learns == "mixers":
                 say(self.layers(begin, run), quiet=quiet)
             self.picture(runs, measured)
-        return self.out
+
+    def _clear(self) -> None:
+        """Delete all that an earlier run has written, before the first new file: a mixture of two could be resumed."""
+        for folder in (self.beside(what) for what in BESIDE):
+            shutil.rmtree(folder, ignore_errors=True)
+        for folder in (self.beside("mixers"), self.beside("predictions"), self.out):
+            for name in (*DELETED, "model.safetensors", "loss.png", "layers.md"):
+                if (folder / name).is_dir():
+                    shutil.rmtree(folder / name)
+                else:
+                    (folder / name).unlink(missing_ok=True)
+
+    def _record(self) -> dict[str, Any]:
+        """The options as RECORD keeps them."""
+        own = {name: getattr(self, name) for name in sorted(NAMES - {"resume", "overwrite"})}
+        return {"teacher": self.teacher, "data": [str(x) for x in self.sources], **own, "train": asdict(self.train)}
 
     def resumed(self, chosen: Collection[str]) -> "LinearizeRun":
         """The run with the options of the one on disk, but for the `chosen` ones; itself if there is none.
@@ -180,6 +210,7 @@ class LinearizeRun:
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
             train = TrainConfig(**saved.pop("train"))
+            saved = {name: value for name, value in saved.items() if name in NAMES}  # the others are always given
             own: Any = {name: tuple(x) if isinstance(x, list) else x for name, x in saved.items()}
             before = replace(self, **own, train=train)
         except (ValueError, TypeError, KeyError) as error:
@@ -192,12 +223,19 @@ class LinearizeRun:
         """Check everything that needs no model and no data; raises ValueError or OSError. Changes nothing."""
         if self.resume and self.overwrite:
             raise ValueError("`resume` and `overwrite` exclude each other: go on with the run, or begin anew")
-        for name in ("window", "sinks", "attention", "mixers", "predictions", "from_teacher"):
-            value = getattr(self, name)
-            if least := [n for n in (value if isinstance(value, tuple) else (value,)) if n < 0]:
-                raise ValueError(f"{option(name, least[0])}: must be at least 0")
+        for name in ("window", "sinks", "attention", "mixers", "predictions", "from_teacher", "batch", "length"):
+            value, least = getattr(self, name), 1 if name in ("batch", "length") else 0
+            numbers = value if isinstance(value, tuple) else (value,)
+            if (name == "window" and not numbers) or any(type(n) is not int or n < least for n in numbers):
+                raise ValueError(f"{option(name, value)}: expected whole numbers from {least}")
+        if isinstance(self.window, tuple) and 0 in self.window:
+            raise ValueError(f"{option('window', self.window)}: each layer needs at least 1 token")
         if self.tokens < 1:
             raise ValueError(f"`tokens` must be at least 1, the tokens of the last stage, got {self.tokens}")
+        if not 0 < self.lr_new < math.inf:
+            raise ValueError(f"{option('lr_new', self.lr_new)}: must be above 0")
+        if self.mode == "carry":
+            raise ValueError("`mode=carry` hands states on from row to row, and the teacher has none: take another")
         window = min(self.window) if isinstance(self.window, tuple) else self.window
         if window and self.length <= window + self.sinks:
             raise ValueError(
@@ -207,11 +245,19 @@ class LinearizeRun:
         existing: Existing = "resume" if self.resume else "overwrite" if self.overwrite else "refuse"
         for out in (self.beside("mixers"), self.beside("predictions"), self.out):
             RunDirectory(out, existing=existing).check()
-        if existing == "refuse" and self.beside("student").exists():
+        begin = self.beside("student")
+        if not (begin / RECORD).is_file():
+            if there := [folder for folder in (self.beside(what) for what in BESIDE) if folder.exists()]:
+                raise FileExistsError(f"{there[0]} is there, and not of such a run: choose another `out`")
+        elif existing == "refuse":
             raise FileExistsError(
-                f"{self.beside('student')} already holds a student: `resume=True` goes on, `overwrite=True` begins "
-                "anew, or choose another `out`"
+                f"{begin} already holds a student: `resume=True` goes on, `overwrite=True` begins anew, or choose "
+                "another `out`"
             )
+        elif existing == "resume":
+            check_unchanged(self._record(), json.loads((begin / RECORD).read_text(encoding="utf-8")), FIXED, begin)
+        if Path(self.teacher).resolve() in [folder.resolve() for folder in (begin, self.out)]:
+            raise ValueError(f"{self.teacher} is the teacher, and this run would replace it: choose another `out`")
 
     def beside(self, what: str) -> Path:
         """Folder of an earlier stage."""
@@ -231,6 +277,8 @@ class LinearizeRun:
             raise ValueError(
                 f"{option('attention', self.attention)}: the teacher has {counted(config.layers, 'layer')}"
             )
+        if self.attention == config.layers or set(self.whole) >= set(range(config.layers)):
+            raise ValueError(f"{option('attention', self.attention)}: with attention in all layers nothing is to learn")
         student(config, window=self.window or None, sinks=self.sinks, attention=self.whole)
         return teacher
 
@@ -239,34 +287,54 @@ class LinearizeRun:
         """Layers that keep their attention, as far as they are named."""
         return self.attention if isinstance(self.attention, tuple) else ()
 
-    def packed(self, begin: Path, shown: Shown) -> tuple[Path, ...]:
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """Texts or packed folders."""
+        return self.data if isinstance(self.data, tuple) else (self.data,)
+
+    def packed(self, begin: Path, teacher: ModelFolder, shown: Shown) -> tuple[Path, ...]:
         """Folders of packed data: the given ones, or OUT-data, packed from the texts if it is not there; and OUT-chats.
 
         Raises:
-            ValueError: packed folders and texts are mixed.
+            ValueError: packed folders and texts are mixed, or do not fit the weights or the teacher.
             ValueError, OSError: as `prepare` and `write_chats`.
         """
-        sources = self.data if isinstance(self.data, tuple) else (self.data,)
+        sources = self.sources
         already = [(source / "meta.json").is_file() for source in sources]
         if any(already) and not all(already):
             raise ValueError(f"{sources[already.index(True)]} is packed, others are texts: pack all of them, or none")
+        count = (len(sources) if all(already) else 1) + bool(self.from_teacher)
+        if self.data_weights and len(self.data_weights) != count:
+            there = "the teacher's conversations are one of them" if self.from_teacher else "texts are packed into one"
+            raise ValueError(
+                f"{option('data_weights', self.data_weights)}: there is data in {counted(count, 'folder')} ({there}); "
+                "give one weight for each of several"
+            )
+        if teacher.tokenizer is None:
+            raise ValueError(f"{self.teacher} has no tokenizer, with which texts are read")
+        for source in sources if all(already) else ():
+            if Packed(source).tokenizer.sha256 != teacher.tokenizer.sha256:
+                raise ValueError(
+                    f"{source} was packed with another tokenizer than that of {self.teacher}: pack it again "
+                    f"(`retentive data` with {option('tokenizer', self.teacher)})"
+                )
         folders = sources if all(already) else (self.prepared("data", sources, begin, shown, chats=self.chats),)
-        return (*folders, self.written(begin, shown)) if self.from_teacher else folders
+        return (*folders, self.written(begin, teacher, shown)) if self.from_teacher else folders
 
     def prepared(self, what: str, sources: tuple[Path, ...], begin: Path, shown: Shown, *, chats: bool) -> Path:
         """OUT-`what`, packed from the sources with the tokenizer in `begin`; a resumed run keeps it."""
         folder = self.beside(what)
         if not (folder / "meta.json").is_file() or not self.resume:
             with shown() as progress:
-                prepare(sources, folder, tokenizer=str(begin), chats=chats, overwrite=self.overwrite, progress=progress)
+                prepare(sources, folder, tokenizer=str(begin), chats=chats, progress=progress)
         return folder
 
-    def written(self, begin: Path, shown: Shown) -> Path:
-        """OUT-chats, packed from the conversations in OUT-chats.jsonl, which the teacher writes first."""
-        file = self.beside("chats.jsonl")
-        if not file.is_file() or not self.resume:
+    def written(self, begin: Path, teacher: ModelFolder, shown: Shown) -> Path:
+        """OUT-chats, packed from the conversations in OUT-student/chats.jsonl, which the teacher writes first."""
+        file = begin / "chats.jsonl"
+        if not file.is_file():
             with shown() as progress:
-                write_chats(self.opened(), file, self.from_teacher, seed=self.train.seed, progress=progress)
+                write_chats(teacher, file, self.from_teacher, seed=self.train.seed, progress=progress)
         return self.prepared("chats", (file,), begin, shown, chats=True)
 
     def stages(self, begin: Path, data: tuple[Path, ...]) -> list[TrainRun]:
@@ -342,16 +410,8 @@ class LinearizeRun:
         return f"trains {trained} on {target}, {millions(tokens)} tokens, about {duration(seconds)}"
 
     def make(self, folder: Path, teacher: ModelFolder, run: TrainRun, *, quiet: bool) -> None:
-        """Write the student before training; a resumed run keeps the one that is there.
-
-        Raises:
-            ValueError: the folder holds another student.
-        """
-        own = {name: getattr(self, name) for name in sorted(NAMES - {"resume", "overwrite"})}
-        if self.resume and (folder / RECORD).is_file():
-            saved = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-            if any(saved[name] != plain(own[name]) for name in ("window", "sinks", "attention")):
-                raise ValueError(f"{folder} holds another student: choose another `out`, or `overwrite=True`")
+        """Write the student before training, unless it is there."""
+        if (folder / "model.safetensors").is_file():
             return
         weights, whole = teacher.model(dtype=torch.float32), cast(ModelConfig, teacher.config)
         window, attention = self.chosen(folder, weights, run, quiet=quiet)
@@ -365,40 +425,24 @@ class LinearizeRun:
             f"{millions(cost.parameters(whole))}; {counted(config.layers, 'block')}",
             quiet=quiet,
         )
-        write_json(folder / RECORD, {**own, "train": asdict(self.train)})
 
     def chosen(
         self, folder: Path, teacher: LanguageModel, run: TrainRun, *, quiet: bool
     ) -> tuple[int | Sequence[int], tuple[int, ...]]:
         """Windows, and the layers that keep their attention; measured on the run's first rows unless all are given."""
-        layers, whole = len(teacher.blocks), self.whole
         number = self.attention if isinstance(self.attention, int) else 0
         mean = self.window if isinstance(self.window, int) else 0
         if not mean and not number:
-            return self.window, whole
-        windows = sizes(mean) if mean else [ALONE]
-        batches, rows = run.batches(run.opened()), max(MEASURED // (run.batch * run.length), 1)
-        device = pick_device(self.train.device)
-        costs = window_costs(
-            teacher.to(device), [batches[n].to(device) for n in range(rows)], windows, sinks=self.sinks,
-            precision=pick_precision(self.train.precision, device),
-        )  # fmt: skip
-        equal = [own[windows.index(mean) if mean else 0] for own in costs]
-        whole = dearest(equal, number) if number else whole
+            return self.window, self.whole
+        device, batches = pick_device(self.train.device), run.batches(run.opened())
+        rows = [batches[n].to(device) for n in range(max(MEASURED // (run.batch * run.length), 1))]
+        precision = pick_precision(self.train.precision, device)
+        found = choose(teacher.to(device), rows, mean, number, self.whole, sinks=self.sinks, precision=precision)
         if not mean:
-            return self.window, whole
-        others = [i for i in range(layers) if i not in whole]
-        share = dict(zip(others, shared_out([costs[i] for i in others], windows, mean), strict=True))
-        found = [share.get(i, mean) for i in range(layers)]
-        rows_of = [
-            [str(i), "all" if i in whole else str(found[i]), f"{equal[i]:.4f}",
-             f"{0 if i in whole else costs[i][windows.index(found[i])]:.4f}"]
-            for i in range(layers)
-        ]  # fmt: skip
-        shown = markdown(["layer", "window", f"cost of {mean} tokens, nats", "of its window"], rows_of)
-        write_text(folder / "windows.md", shown + "\n")
-        say(shown, quiet=quiet)
-        return found, whole
+            return self.window, found.whole
+        write_text(folder / "windows.md", found.table + "\n")
+        say(found.table, quiet=quiet)
+        return found.windows, found.whole
 
 
 NAMES = {f.name for f in fields(LinearizeRun)} - {"teacher", "data", "out", "train"}

@@ -6,18 +6,64 @@ gradient is that of the log probability of tokens drawn from the teacher's predi
 backward pass gives the gradients of all layers. docs/LOG.md compares the costs with measured divergences.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from retentive.models import LanguageModel, build
+from retentive.tables import markdown
 from retentive.train.distillation import mixed
 
+ALONE = 64
+"""Window whose cost chooses the layers that keep attention where the others have none."""
 STEPS = (0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Windows that a layer may get, relative to the mean."""
+
+
+class Choice(NamedTuple):
+    """A window for each layer, the layers that keep whole attention, and the costs as a table in Markdown."""
+
+    windows: list[int]
+    whole: tuple[int, ...]
+    table: str
+
+
+def choose(
+    teacher: LanguageModel,
+    batches: Sequence[Any],
+    mean: int,
+    number: int,
+    whole: Collection[int],
+    *,
+    sinks: int,
+    precision: str = "fp32",
+) -> Choice:
+    """Returns windows of `mean` tokens in the mean, and the `number` layers that lose most by a window.
+
+    Args:
+        mean: mean over the layers with a window; 0 if there is none, and layers of whole attention are all that counts.
+        number: layers that keep whole attention; 0: those in `whole`.
+    """
+    windows = sizes(mean) if mean else [ALONE]
+    costs = window_costs(teacher, batches, windows, sinks=sinks, precision=precision)
+    equal = [own[windows.index(mean or ALONE)] for own in costs]
+    whole = dearest(equal, number) if number else tuple(whole)
+    others = [i for i in range(len(costs)) if i not in whole]
+    given = dict(zip(others, shared_out([costs[i] for i in others], windows, mean), strict=True)) if mean else {}
+    rows = [
+        [
+            str(i),
+            str(given.get(i, "all")),
+            f"{equal[i]:.4f}",
+            f"{own[windows.index(given[i])] if i in given else 0:.4f}",
+        ]
+        for i, own in enumerate(costs)
+    ]
+    table = markdown(["layer", "window", f"cost of {mean or ALONE} tokens, nats", "of its window"], rows)
+    return Choice([given.get(i, mean) for i in range(len(costs))], whole, table)
 
 
 def sizes(mean: int) -> list[int]:
@@ -28,7 +74,11 @@ def sizes(mean: int) -> list[int]:
 def window_costs(
     teacher: LanguageModel, batches: Sequence[Any], windows: Sequence[int], *, sinks: int, precision: str = "fp32"
 ) -> list[list[float]]:
-    """Returns the cost of each window in each layer, in nats a token: `[layers][windows]`."""
+    """Returns the cost of each window in each layer, in nats a token: `[layers][windows]`.
+
+    Raises:
+        ValueError: the teacher's predictions are not finite.
+    """
     limited = [_limited(teacher, window, sinks) for window in windows]
     total = torch.zeros(len(teacher.blocks), len(windows), dtype=torch.float64)
     teacher.requires_grad_(False)
@@ -58,6 +108,8 @@ def _differentiated(teacher: LanguageModel, batch: Any) -> tuple[list[Tensor], l
     drawn, log_probability = torch.Generator().manual_seed(0), torch.zeros((), device=x.device)
     for part in teacher.norm(x).flatten(0, -2).split(512):  # the logits of all tokens at once would be large
         logs = teacher.head(part).float().log_softmax(-1)
+        if not bool(logs.isfinite().all()):
+            raise ValueError("the teacher's predictions are not finite numbers: its weights are damaged")
         ids = torch.multinomial(logs.detach().exp().cpu(), 1, generator=drawn)
         log_probability = log_probability + logs.gather(1, ids.to(logs.device)).sum()
     log_probability.backward()

@@ -12,6 +12,7 @@ import retentive
 from retentive.checkpoint import ModelFolder, save_model
 from retentive.cli import main
 from retentive.data.tokenizer import ByteTokenizer
+from retentive.files import only_writer
 from retentive.models import build, transformer
 from retentive.models.students import student
 from retentive.train import TrainRun, checkpoints
@@ -112,8 +113,6 @@ def test_stages_can_be_left_out_and_layers_keep_their_attention(place):
     linearize(*left_out, "--attention", "1", "--window", "8")
     assert sorted(ModelFolder.open("mine").config.kinds) == ["attention", "attention", "retention"]
     assert "| all |" in Path("mine-student", "windows.md").read_text()
-    linearize(*left_out, "--attention", "0", "1", "--window", "0")
-    assert ModelFolder.open("mine").config.kinds == ("attention", "attention")
 
 
 def test_each_layer_takes_the_window_that_it_is_given(place):
@@ -136,11 +135,20 @@ def test_packed_data_is_taken_as_it_is(place):
     [
         (["--window", "48"], "--length 48 is within the window of 48 and 2 sinks, beyond which retention is to learn"),
         (["--tokens", "0"], "--tokens must be at least 1, the tokens of the last stage, got 0"),
-        (["--window", "-1"], "--window -1: must be at least 0"),
+        (["--window", "-1"], "--window -1: expected whole numbers from 0"),
         (["--window", "8", "9", "9"], "3 windows for a teacher of 2 layers"),
         (["--attention", "3"], "--attention 3: the teacher has 2 layers"),
         (["--attention", "0", "5"], "attention in layer 5: the teacher has layers 0 to 1"),
-        (["--from-teacher", "-5"], "--from-teacher -5: must be at least 0"),
+        (["--attention", "0", "1"], "--attention 0 1: with attention in all layers nothing is to learn"),
+        (["--attention", "2"], "--attention 2: with attention in all layers nothing is to learn"),
+        (["--window"], "--window"),
+        (["--window", "8", "0"], "--window 8 0: each layer needs at least 1 token"),
+        (["--batch", "0"], "--batch 0: expected whole numbers from 1"),
+        (["--lr-new", "-1"], "--lr-new -1.0: must be above 0"),
+        (["--mode", "carry"], "--mode carry hands states on from row to row"),
+        (["--data-weights", "1", "2"], "there is data in 1 folder (texts are packed into one)"),
+        (["--data", "other"], "other was packed with another tokenizer than that of teacher: pack it again"),
+        (["--from-teacher", "-5"], "--from-teacher -5: expected whole numbers from 0"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["--data", "nowhere"], "nowhere"),
         (["--data", "texts", "packed"], "packed is packed, others are texts: pack all of them, or none"),
@@ -148,6 +156,7 @@ def test_packed_data_is_taken_as_it_is(place):
 )
 def test_bad_input_is_one_line_and_leaves_nothing(argv, error, place, capsys):
     main(["data", "texts", "--out", "packed", "--tokenizer", "bytes"])
+    main(["data", "texts", "--out", "other", "--vocab-size", "300"])
     before = {path.name for path in Path().iterdir()}
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
@@ -171,7 +180,7 @@ def test_another_run_is_not_overwritten_unless_asked(place, capsys):
         assert "already holds a run: --resume goes on with it" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         linearize("--resume", "--window", "9")
-    assert "mine-student holds another student" in capsys.readouterr().err
+    assert "--window 9 contradicts --window 8 of the run at mine-student" in capsys.readouterr().err
     linearize("--mixers", "0", "--predictions", "0", "--window", "9", "11", "--overwrite")
     assert records("mine", "loss") != first and ModelFolder.open("mine").config.windows == (9 + 2, 0, 11 + 2, 0)
 
@@ -198,3 +207,91 @@ def test_training_from_a_teacher_refuses(options, error, place):
     with pytest.raises(ValueError, match=error):
         TrainRun.of("packed", "run", steps=1, size="1m", length=16, **options).run(quiet=True)
     assert not Path("run").exists()
+
+
+def test_a_run_that_begins_anew_leaves_nothing_of_the_earlier_one(place, monkeypatch):
+    """It is stopped in its first stage: the later stages of the earlier run must not be taken for its own."""
+    linearize()
+    real = checkpoints.contents
+
+    def interrupted(training):
+        signal.raise_signal(signal.SIGINT)
+        return real(training)
+
+    monkeypatch.setattr(checkpoints, "contents", interrupted)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        linearize("--overwrite", "--window", "9")
+    monkeypatch.setattr(checkpoints, "contents", real)
+    assert not Path("mine/model.safetensors").exists() and not Path("mine-predictions/model.safetensors").exists()
+    linearize("--resume", "--window", "9")
+    assert sum(ModelFolder.open("mine").config.windows) <= 2 * (9 + 2)
+
+
+def test_folders_of_others_are_left_alone(place, capsys):
+    for name, argv in (("mine-data", ()), ("mine-student", ("--resume",)), ("mine-chats", ("--overwrite",))):
+        Path(name).mkdir()
+        Path(name, "own.txt").write_text("kept")
+        with pytest.raises(SystemExit):
+            linearize(*argv)
+        assert f"{name} is there, and not of such a run: choose another --out" in capsys.readouterr().err
+        assert [path.name for path in Path(name).iterdir()] == ["own.txt"]
+        Path(name, "own.txt").unlink()
+        Path(name).rmdir()
+
+
+def test_a_teacher_is_not_overwritten(place, capsys):
+    linearize("--mixers", "0", "--predictions", "0")
+    before = Path("mine-student/model.safetensors").read_bytes()
+    for name in ("mine-student", "mine"):
+        with pytest.raises(SystemExit):
+            main(["linearize", name, "--data", "texts", "--out", "mine", *BRIEF, "--overwrite"])
+        assert f"{name} is the teacher, and this run would replace it" in capsys.readouterr().err
+    assert Path("mine-student/model.safetensors").read_bytes() == before
+
+
+def test_a_second_process_changes_nothing(place, capsys):
+    linearize("--mixers", "0", "--predictions", "0")
+    before = {path: path.read_bytes() for path in Path().glob("mine*/*") if path.is_file()}
+    with only_writer(Path("mine-student")), pytest.raises(SystemExit):
+        linearize("--overwrite", "--window", "9")
+    assert "mine-student is being written by another process" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_failed_beginning_leaves_no_data_behind(place):
+    with pytest.raises(SystemExit):
+        linearize("--device", "nowhere")
+    assert not list(Path().glob("*mine*"))
+
+
+def test_a_resumed_run_keeps_its_data_and_its_teacher(place, capsys):
+    linearize("--mixers", "0", "--predictions", "0")
+    Path("texts2").mkdir()
+    for argv in (["teacher", "--data", "texts2"], ["teacher", "--data", "texts", "--from-teacher", "300"]):
+        with pytest.raises(SystemExit):
+            main(["linearize", *argv, "--out", "mine", "--resume"])
+        assert "of the run at mine-student: leave it out" in capsys.readouterr().err
+
+
+def test_damaged_teachers_are_named(place, refuses):
+    model = build(TEACHER)
+    with torch.no_grad():
+        model.embed.weight[5] = torch.nan
+    save_model("damaged", model, ByteTokenizer())
+    save_model("silent", build(TEACHER))
+    how = dict(window=8, sinks=2, length=48, precision="fp32")
+    with refuses("the teacher's predictions are not finite numbers: its weights are damaged"):
+        retentive.linearize("damaged", "texts", "mine", **how)
+    with refuses("silent has no tokenizer, with which texts are read"):
+        retentive.linearize("silent", "texts", "mine", **how)
+    for window in ([], [8, "a"], 8.0, "8", None):
+        with refuses("expected whole numbers from 0"):
+            retentive.linearize("teacher", "texts", "mine", **how | {"window": window})
+    assert not list(Path().glob("*mine*"))
+
+
+def test_a_student_is_described(place, capsys):
+    linearize("--mixers", "0", "--predictions", "0", "--window", "8", "9")
+    capsys.readouterr()
+    main(["info", "mine"])
+    assert "feed-forward: none" in capsys.readouterr().out
