@@ -21,7 +21,7 @@ from rich.filesize import decimal
 
 from retentive import machine
 from retentive.bench.lab.options import Say, silent, words
-from retentive.bench.lab.plot import grid, legend
+from retentive.bench.lab.plot import GREY, grid
 from retentive.checkpoint import ModelFolder
 from retentive.data.chats import Conversation
 from retentive.data.mixture import Mixture, open_packed
@@ -70,6 +70,8 @@ class Options:
     """Models, the teacher first: FOLDER, or FOLDER@256+4 for a window of 256 tokens and 4 sinks."""
     data: tuple[Path, ...]
     """Packed folders with held-out text."""
+    dtype: str = "bfloat16"
+    """Dtype of the weights."""
     lengths: tuple[int, ...] = (512, 2048, 8192)
     """Contexts of the losses in tokens."""
     tokens: int = 32768
@@ -94,7 +96,7 @@ def measure(options: Options, say: Say = silent, seed: int = 0) -> dict[str, Any
     data, asked, rows = open_packed(options.data, ()), json.loads(QUESTIONS.read_text(encoding="utf-8")), []
     for name, folder in opened:
         began = time.perf_counter()
-        model = with_engine(folder.model())
+        model = with_engine(folder.model(dtype=options.dtype))
         row: dict[str, Any] = {"model": folder.short_name + name[len(name.partition("@")[0]) :]}
         row |= {"parameters": cost.parameters(model.config), "state_bytes": state_bytes(model, CONTEXT)}
         row["loss"] = [
@@ -201,27 +203,22 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """A PNG: what each model loses to the teacher by bytes of its state, a panel for each length of context."""
+    """A PNG: how much more loss than the teacher each model has, by the length of the context."""
     teacher, *others = result["rows"]
     lengths = list(dict.fromkeys(x["length"] for x in teacher["loss"]))
-    figure, axes = grid(title, 1, len(lengths), size=(4.2, 3.6))
-    for axis, length in zip(axes[0], lengths, strict=True):
-        base = _mean(teacher, length)
-        for n, row in enumerate(others):
-            axis.plot(
-                row["state_bytes"] / 1e6,
-                _mean(row, length) - base,
-                f"C{n}",
-                marker="os^vDPX*"[n % 8],
-                linestyle="",
-                label=row["model"],
-            )
-        axis.set_title(f"contexts of {length:,} tokens", fontsize=9)
-        axis.set_xlabel("state (MB)")
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("loss above the teacher's (nats a token)")
-    legend(figure, axes)
+    figure, axes = grid(title, 1, 1, size=(7, 4.2))
+    axis = axes[0, 0]
+    for n, row in enumerate(others):
+        more = [_mean(row, length) - _mean(teacher, length) for length in lengths]
+        label = f"{row['model']}, {decimal(row['state_bytes'])}"
+        axis.plot(lengths, more, f"C{n}", marker="os^vDPX*"[n % 8], label=label)
+    axis.axhline(0, **GREY, label=f"{teacher['model']}, {decimal(teacher['state_bytes'])} at {CONTEXT:,} tokens")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axis.set_xlabel("context (tokens)")
+    axis.set_ylabel("loss above the teacher's (nats a token)")
+    axis.grid(alpha=0.3)
+    axis.legend()
     figure.savefig(path, dpi=120, format="png")
 
 

@@ -39,7 +39,20 @@ def place(tmp_path, monkeypatch):
 def test_models_side_by_side(place, capsys):
     pytest.importorskip("matplotlib")
     argv = ["students", "--models", "teacher", "teacher@12+2", "made", "--data", "text", "--lengths", "32", "64"]
-    argv += ["--tokens", "500", "--recalls", "3", "--chats", "2", "--max-tokens", "4", "--json", "out.json"]
+    argv += [
+        "--tokens",
+        "500",
+        "--recalls",
+        "3",
+        "--chats",
+        "2",
+        "--max-tokens",
+        "4",
+        "--dtype",
+        "float32",
+        "--json",
+        "out.json",
+    ]
     main(argv, program)
     rows = json.loads(Path("out.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["teacher", "teacher@12+2", "made"]
