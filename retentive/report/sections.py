@@ -185,6 +185,13 @@ SECTIONS = (
         "The paper leaves multimodal models to later work.",
     ),
     Section(
+        "Students of Transformers",
+        "How close does a model of constant memory come to the Transformer that it was made from?",
+        "",
+        _is("bench students"),
+        "The paper trains all models from the beginning.",
+    ),
+    Section(
         "Serving, memory, scoring",
         "Uses of a state of constant size once a model runs.",
         "",
