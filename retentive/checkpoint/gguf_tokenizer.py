@@ -53,28 +53,9 @@ def read_tokenizer(fields: Mapping[str, Any]) -> BPETokenizer | None:
         for token, id in vocab.items()
         if types[id] in (UNKNOWN, CONTROL, USER_DEFINED)
     ]  # fmt: skip
-    content: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
-    content["post_processor"] = _post_processor(fields, kind)
+    content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "post_processor": None}
     text = json.dumps({**content, **make(fields, vocab, types)}, ensure_ascii=False)
     return BPETokenizer(text, eos=token_of(fields, "eos"), bos=token_of(fields, "bos"))
-
-
-def _post_processor(fields: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
-    """Returns the part of tokenizer.json that puts the beginning-of-text token before a text; None without one.
-
-    The defaults are those of llama.cpp.
-    """
-    wanted = kind == "llama" or fields.get("tokenizer.ggml.pre") == "llama-bpe"
-    bos = token_of(fields, "bos")
-    if bos is None or not fields.get("tokenizer.ggml.add_bos_token", wanted):
-        return None
-    begin, first, second = (
-        {"SpecialToken": {"id": bos, "type_id": 0}},
-        *({"Sequence": {"id": name, "type_id": 0}} for name in "AB"),
-    )
-    named = {bos: {"id": bos, "ids": [fields["tokenizer.ggml.bos_token_id"]], "tokens": [bos]}}
-    return {"type": "TemplateProcessing", "single": [begin, first], "pair": [begin, first, second],
-            "special_tokens": named}  # fmt: skip
 
 
 def token_of(fields: Mapping[str, Any], name: str) -> str | None:

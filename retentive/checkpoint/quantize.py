@@ -245,7 +245,7 @@ def batches_of(documents: Iterable[Document], tokenizer: Tokenizer, *, tokens: i
         raise ValueError(f"{option('tokens', tokens)}: calibration needs at least 1")
     parts: list[list[list[int]]] = []
     for document in islice(documents, -(-tokens // length)):
-        ids = [tokenizer.begin_id, *tokenizer.encode(document.text[: tokens * MOST_CHARACTERS])]
+        ids = [tokenizer.eos_id, *tokenizer.encode(document.text[: tokens * MOST_CHARACTERS])]
         parts.append([ids[at : at + length] for at in range(0, len(ids), length)])
     in_turn = (part for round_ in zip_longest(*parts) for part in round_ if part)
     batches, left = [], tokens

@@ -45,7 +45,7 @@ def run(command: GenerateExportedCommand) -> None:
 
 def pieces(model: OnnxModel, tokenizer: Tokenizer, prompt: str, command: GenerateExportedCommand) -> Iterator[str]:
     """Yield the generated text in whole characters."""
-    ids, stream = [tokenizer.begin_id, *tokenizer.encode(prompt)], tokenizer.stream()
+    ids, stream = [tokenizer.eos_id, *tokenizer.encode(prompt)], tokenizer.stream()
     for id in generate(model, ids, command.sampling, max_tokens=command.max_tokens):
         yield stream.push(id)
     yield stream.flush()

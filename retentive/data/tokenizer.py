@@ -85,8 +85,6 @@ class Tokenizer(Protocol):
     """Highest id plus one: the number of rows an embedding table needs."""
     eos_id: int
     """Id that ends a document."""
-    begin_id: int
-    """Id that begins a text: the beginning-of-text token if the tokenizer.json puts one there, else `eos_id`."""
     sha256: str
     """Hash of the content, independent of the file's layout: equal before and after `save`."""
     special: Mapping[str, int]
@@ -121,7 +119,7 @@ class ByteTokenizer:
     """The 256 bytes and an end-of-text token: no dependency, no training, lossless."""
 
     vocab_size = 257
-    eos_id = begin_id = 256
+    eos_id = 256
     special: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self) -> None:
@@ -172,8 +170,6 @@ class BPETokenizer:
         self._tokenizer.encode_special_tokens = True  # text stays text: special tokens' names are encoded as characters
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        plain, framed = (self._tokenizer.encode("a", add_special_tokens=framed).ids for framed in (False, True))
-        self.begin_id = framed[0] if framed[:1] != plain[:1] else self.eos_id
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1  # ids may have gaps
         content = {key: value for key, value in json.loads(text).items() if key not in ("truncation", "padding")}
         added = content.get("added_tokens") or []
@@ -228,7 +224,6 @@ class TiktokenTokenizer:
         after = max(ranks.values()) + 1
         # cl100k_base leaves 100256 unused; elsewhere the end-of-text id follows the last rank.
         self.eos_id = eos_id if eos_id is not None else 100257 if after == 100256 else after
-        self.begin_id = self.eos_id
         self.vocab_size = max(after, self.eos_id + 1)
         self._content = {
             "type": "tiktoken",

@@ -155,7 +155,7 @@ def rolling(model: LanguageModel, tokenizer: Tokenizer, text: str, window: int |
     ids = tokenizer.encode(text)
     if not ids:
         return 0.0
-    cuts = [Request([tokenizer.begin_id], ids)] if window is None else windows(ids, tokenizer.begin_id, window)
+    cuts = [Request([tokenizer.eos_id], ids)] if window is None else windows(ids, tokenizer.eos_id, window)
     return sum(scores[0].logprob for scores in score(model, [[cut] for cut in cuts]))
 
 
@@ -176,7 +176,7 @@ def write(model: LanguageModel, tokenizer: Tokenizer, prompt: str, options: dict
     sampled = options.get("do_sample", bool(options.get("temperature")))
     filters = {name: options[name] for name in ("temperature", "top_p", "top_k") if name in options}
     params = SamplingParams(**filters) if sampled else SamplingParams(temperature=0)
-    ids = [tokenizer.begin_id, *tokenizer.encode(prompt)]
+    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
     most = options.get("max_gen_toks", 256)
     tokens = generate(model, ids, params, max_tokens=most, stop_ids=[tokenizer.eos_id])
     return "".join(stream_text(tokens, tokenizer, stop=[until] if isinstance(until, str) else until))

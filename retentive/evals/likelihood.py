@@ -59,7 +59,7 @@ def encode(tokenizer: Tokenizer, prompt: str, continuation: str) -> Request:
     after = tokenizer.encode(prompt + continuation)[len(before) :]
     if not after:
         raise ValueError(f"the continuation {continuation!r:.60} has no token of its own after {prompt[-30:]!r}")
-    return Request([tokenizer.begin_id, *before], after)
+    return Request([tokenizer.eos_id, *before], after)
 
 
 @torch.no_grad()

@@ -98,8 +98,8 @@ def _requests(
     for line, content in items:
         if task.kind == "text":
             ids = tokenizer.encode(content)
-            yield [Request([tokenizer.begin_id], ids)]
-            yield from ([cut] for cut in windows(ids, tokenizer.begin_id, window))
+            yield [Request([tokenizer.eos_id], ids)]
+            yield from ([cut] for cut in windows(ids, tokenizer.eos_id, window))
             continue
         try:
             group = [encode(tokenizer, *pair) for pair in zip(content.prompts, content.continuations, strict=True)]

@@ -61,8 +61,8 @@ class Conversation:
 
     @property
     def lead(self) -> list[int]:
-        """Ids to read before a plain text: the pending ones, or the token that begins a text."""
-        return list(self.memory.pending) if self.begun else [self.tokenizer.begin_id]
+        """Ids to read before a plain text: the pending ones, or the end-of-text token that begins a document."""
+        return list(self.memory.pending) if self.begun else [self.tokenizer.eos_id]
 
     def submit(self, ids: Sequence[int], params: SamplingParams | None = None, **options: Any) -> list[Stream]:
         """Submit `ids` after the memory; returns streams of tokens. Options as for `Engine.submit`."""

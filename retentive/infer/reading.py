@@ -214,7 +214,7 @@ def _encoded(
         digest = hashlib.sha256(document.text.encode()).hexdigest()
         source = {"name": document.name, "tokens": 0, "sha256": digest}
         sources.append(source)
-        begin = [tokenizer.begin_id]
+        begin = [tokenizer.eos_id]
         for piece in pieces(document.text):
             ids = begin + tokenizer.encode(piece)
             source["tokens"] += len(ids)

@@ -137,7 +137,7 @@ def write_on(
 ) -> Iterator[str]:
     """Yields the prompt and the model's continuation in pieces, up to end of text, a stop string or `max_tokens`.
 
-    A text begins with the tokenizer's `begin_id`, as in training. Token healing: the prompt's last token is removed and
+    A document begins with an end-of-text token, as in training. Token healing: the prompt's last token is removed and
     sampled again among the tokens that begin with its text. "def " ends in a token for the space, but the model has
     learnt the space as part of the next word's token.
 
@@ -146,7 +146,7 @@ def write_on(
         pending: ids between that state and the prompt that were sampled but not read.
         how: `generate`, or a function with its signature, such as `speculate`.
     """
-    begin = [tokenizer.begin_id] if state is None else pending
+    begin = [tokenizer.eos_id] if state is None else pending
     ids = [*begin, *tokenizer.encode(prompt)]
     healed, first_ids = _heal(tokenizer, prompt, ids)
     if first_ids:  # the healed token is sampled again: one token more, and its text appears a second time

@@ -138,26 +138,6 @@ def test_end_of_text_can_be_chosen_and_is_remembered(tmp_path):
         BPETokenizer(bpe._text.replace("<|endoftext|>", "<other>"))
 
 
-def test_a_text_begins_as_the_tokenizer_json_says(tmp_path):
-    content = json.loads(train_bpe(["some text"], 300)._text)
-    plain = BPETokenizer(json.dumps(content))
-    assert plain.begin_id == plain.eos_id
-    one, other = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    first = {"SpecialToken": {"id": "<s>", "type_id": 0}}
-    content["added_tokens"].append({**content["added_tokens"][0], "id": plain.vocab_size, "content": "<s>"})
-    content["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [first, one],
-        "pair": [first, one, other],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [plain.vocab_size], "tokens": ["<s>"]}},
-    }
-    framed = BPETokenizer(json.dumps(content))
-    assert framed.begin_id == plain.vocab_size != framed.eos_id == plain.eos_id
-    assert framed.encode("some text") == plain.encode("some text")  # texts are encoded without it
-    framed.save(tmp_path)
-    assert load_tokenizer(tmp_path).begin_id == framed.begin_id
-
-
 def test_vocab_size_counts_gaps():
     form = json.loads(bpe._text)
     form["model"]["vocab"]["far away"] = 999

@@ -114,22 +114,6 @@ def test_the_last_token_of_a_prompt_may_become_a_longer_one():
     assert text == "the" + LEARNT.decode([token.id for token in want])
 
 
-def test_a_text_begins_with_the_tokenizers_first_token():
-    class Begins(ByteTokenizer):
-        begin_id = 7
-
-    read = []
-
-    def how(model, ids, params, **more):
-        read.append(list(ids))
-        return iter(())
-
-    assert "".join(write_on(None, Begins(), "ab", max_tokens=1, how=how)) == "ab"
-    assert read[0][0] == 7
-    list(write_on(None, Begins(), "ab", max_tokens=1, how=how, state=object(), pending=[3]))
-    assert read[1][0] == 3
-
-
 def test_a_stop_string_is_looked_for_in_what_is_new():
     """The prompt's end is written again, but still belongs to the prompt."""
     text = "".join(write_on(text_model(257), BYTES, "one line\n", GREEDY, max_tokens=4, stop=["\n"]))
