@@ -86,10 +86,10 @@ class LinearizeRun:
     sinks: int = 4
     """First tokens that attention always sees."""
     attention: int | tuple[int, ...] = 0
-    """How many layers keep the teacher's attention, and with it a cache that grows: those that lose most by a window.
+    """How many layers keep the teacher's attention, and with it a cache that grows: those that need it most.
     Or several numbers: these layers."""
     mixers: int = 0
-    """Tokens of stage 1; 0 leaves it out. It helps where retention is alone (`window=0`)."""
+    """Tokens of stage 1; 0 leaves it out."""
     predictions: int = 1_000_000
     """Tokens of stage 2; 0 leaves it out."""
     tokens: int = 500_000
@@ -210,6 +210,8 @@ class LinearizeRun:
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
             train = TrainConfig(**saved.pop("train"))
+            if missing := [name for name in FIXED if name not in saved]:
+                raise KeyError(missing[0])
             saved = {name: value for name, value in saved.items() if name in NAMES}  # the others are always given
             own: Any = {name: tuple(x) if isinstance(x, list) else x for name, x in saved.items()}
             before = replace(self, **own, train=train)

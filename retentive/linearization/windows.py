@@ -1,4 +1,4 @@
-"""Windows of attention by layer: larger where a small one costs more, with a given mean.
+"""Windows of attention by layer: larger where a small one costs more, with a given average.
 
 The cost of a window in one layer is the divergence of the model's predictions from the teacher's, to second order: half
 the mean square of gradient x change over the tokens, where the change is that of the attention's output, and the
@@ -41,10 +41,10 @@ def choose(
     sinks: int,
     precision: str = "fp32",
 ) -> Choice:
-    """Returns windows of `mean` tokens in the mean, and the `number` layers that lose most by a window.
+    """Returns windows of `mean` tokens on average, and the `number` layers that need the most.
 
     Args:
-        mean: mean over the layers with a window; 0 if there is none, and layers of whole attention are all that counts.
+        mean: average over the layers with a window; 0: only layers of whole attention are chosen.
         number: layers that keep whole attention; 0: those in `whole`.
     """
     windows = sizes(mean) if mean else [ALONE]
