@@ -15,6 +15,7 @@ from itertools import islice, zip_longest
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retentive.data.sources import Document
@@ -30,6 +31,8 @@ SCALES = 24
 """Number of scales tried for a group, besides that of Q8_0."""
 MOST_CHARACTERS = 16
 """Maximum characters per token on average, which limits how much of a document is read."""
+AT_ONCE = 2**17
+"""Numbers that are rounded at once: few enough to stay in the cache of a core."""
 DAMPING = 0.01
 """Fraction of the Hessian's mean diagonal added to it, which bounds directions that the text does not contain."""
 
@@ -66,11 +69,18 @@ def check_quantizable(model: LanguageModel) -> None:
             raise ValueError(f"the weights are damaged: {name} holds a number that is not finite")
 
 
+def matrices(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Embedding]]:
+    """Returns the layers whose weights are quantised, by name."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding) and not name.startswith("encoders.")  # small beside the rest
+    ]
+
+
 def as_quantized(model: LanguageModel, how: Quantization, dtype: torch.dtype) -> LanguageModel:
     """Replaces the matrices of `model`, in place, by integer ones that are yet to be filled."""
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear | nn.Embedding) or name.startswith("encoders."):  # small beside the rest
-            continue
+    for name, module in matrices(model):
         rows, columns = module.weight.shape
         with module.weight.device:
             if isinstance(module, nn.Linear):
@@ -184,16 +194,18 @@ def best_scale(w: Tensor, bits: int, importance: Tensor | None = None) -> Tensor
     Args:
         importance: `[columns]`, weights of the squares.
     """
-    top, importance = 2 ** (bits - 1), torch.ones(w.shape[1]).to(w) if importance is None else importance
+    top = 2 ** (bits - 1)
     # the largest number may become the most negative integer, -2^(bits-1), which has no counterpart: hence the sign
     at = w.abs().argmax(1, keepdim=True)
     full = -w.gather(1, at)[:, 0] / top
-    best, least = full, torch.full_like(full, torch.inf)
+    best, least, error = full, torch.full_like(full, torch.inf), torch.empty_like(w)
     # the first: the largest number becomes 2^(bits-1) - 1, as in blocks of Q8_0, which it keeps as they are
     for factor in (-top / (top - 1), *(1.1 - 0.6 * step / SCALES for step in range(SCALES))):
         scale = (full * factor).half().to(w.dtype)
-        error = ((_levels(w, scale, top) * scale[:, None] - w) ** 2 * importance).sum(1)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        torch.div(w, scale[:, None], out=error)  # NaN where both are 0, which is never the least
+        error.round_().clamp_(-top, top - 1).mul_(scale[:, None]).sub_(w).square_()
+        sums = (error if importance is None else error.mul_(importance)).sum(1)
+        best, least = torch.where(sums < least, scale, best), torch.minimum(sums.nan_to_num(torch.inf), least)
     return best.half()
 
 
@@ -204,10 +216,15 @@ def _levels(w: Tensor, scale: Tensor, top: int) -> Tensor:
 
 def rounded(w: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """Returns (integers `[rows, columns]`, scales `[rows, groups]`), every group rounded separately."""
-    parts = w.float().split(group, 1)
-    scales = [best_scale(part, bits) for part in parts]
-    q = [_levels(part, scale.float(), 2 ** (bits - 1)) for part, scale in zip(parts, scales, strict=True)]
-    return torch.cat(q, 1).to(torch.int8), torch.stack(scales, 1)
+    columns = w.shape[1]
+    groups = F.pad(w.float(), (0, -columns % group)).view(-1, group)
+    parts = groups.split(max(AT_ONCE // group, 1))
+    scales = torch.cat([best_scale(part, bits) for part in parts])
+    q = [
+        _levels(part, scale, 2 ** (bits - 1)).to(torch.int8)
+        for part, scale in zip(parts, scales.float().split(max(AT_ONCE // group, 1)), strict=True)
+    ]
+    return torch.cat(q).view(len(w), -1)[:, :columns], scales.view(len(w), -1)
 
 
 def fed_back(w: Tensor, moment: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:

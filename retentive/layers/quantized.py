@@ -13,6 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def dequantized(q: Tensor, scale: Tensor, group: int) -> Tensor:
+    """Returns the float32 numbers that integers `[..., columns]` and scales `[..., groups]` stand for."""
+    # multiplied in float32: rounding a scale to bfloat16 costs more than the integer's own error
+    return q.float() * scale.float().repeat_interleave(group, -1)[..., : q.shape[-1]]
+
+
 class Quantized(nn.Module):
     """Base of the quantised linear layer and embedding."""
 
@@ -34,8 +40,7 @@ class Quantized(nn.Module):
         """Returns rows as floats `[..., columns]`, from their stored integers and their scales."""
         if self.bits == 4:
             q = torch.stack((q << 4, q), -1).flatten(-2)[..., : self.columns].view(torch.int8) >> 4  # keeps the sign
-        # multiplied in float32: rounding a scale to bfloat16 costs more than the integer's own error
-        return (q.float() * scale.float().repeat_interleave(self.group, -1)[..., : self.columns]).to(self.dtype)
+        return dequantized(q, scale, self.group).to(self.dtype)
 
     def store(self, q: Tensor, scale: Tensor) -> None:
         """Stores integers `[rows, columns]` and scales `[rows, groups]`."""

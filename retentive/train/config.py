@@ -9,6 +9,7 @@ from retentive.options import check_type
 Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 Optimizer = Literal["adamw", "muon"]
+QAT = Literal["none", "int8", "int4"]
 LARGEST_SEED = 10**12
 """Largest seed: each step's own seed is more than a million times as large, and torch takes 64 bits."""
 
@@ -49,6 +50,8 @@ class TrainConfig:
     """Gradient accumulation: batches per optimiser step."""
     precision: Precision = "auto"
     """Precision of matrix products (autocast); auto takes bf16 if this machine multiplies faster in it."""
+    qat: QAT = "none"
+    """Quantisation-aware training: compute with weights rounded as `retentive quantize` rounds them without text."""
     checkpoint_activations: bool = False
     """Recompute each block in the backward pass: less memory, a third more time."""
     compile: bool = False
@@ -79,7 +82,7 @@ class TrainConfig:
     def __post_init__(self):
         for f in fields(self):
             check_type(f.name, getattr(self, f.name), type(f.default))
-        kinds = {"schedule": Schedule, "precision": Precision, "optimizer": Optimizer}
+        kinds = {"schedule": Schedule, "precision": Precision, "optimizer": Optimizer, "qat": QAT}
         for name, names in ((name, get_args(kind)) for name, kind in kinds.items()):
             if getattr(self, name) not in names:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected one of {', '.join(names)}")

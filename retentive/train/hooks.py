@@ -42,7 +42,7 @@ def report(training: Training, hooks: Hooks, log: Silence) -> None:
     if not (evaluates or samples) or not (cluster.sharded or cluster.main):
         return
     averages = training.ema.in_place() if training.ema else nullcontext()
-    with averages, reading(training.model, cluster):
+    with averages, training.rounded(), reading(training.model, cluster):
         if hooks.evaluate and evaluates:
             found = hooks.evaluate(training.model, config.eval_tokens)
             log.held_out(step, found)

@@ -41,6 +41,8 @@ def check_options(config: TrainConfig, cluster: Cluster) -> None:
         raise ValueError("`compile` cannot look into what ranks exchange in a block: leave it or `cp`, `tp` out")
     if config.optimizer == "muon" and cluster.tp.size > 1:
         raise ValueError("`optimizer='muon'` needs whole matrices, and `tp` divides them: leave either out")
+    if config.qat != "none" and cluster.shard.size * cluster.tp.size > 1:
+        raise ValueError("`qat` rounds whole matrices, and `dp_shard` and `tp` divide them: use `dp_replicate` alone")
 
 
 def wrap_blocks(model: LanguageModel, config: TrainConfig) -> None:

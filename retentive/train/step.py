@@ -6,6 +6,7 @@ The learning rate, batches and random numbers of a step depend on its number onl
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from retentive.train.ema import EMA
 from retentive.train.objective import Objective
 from retentive.train.optim import learning_rate, optimizer_of
 from retentive.train.parallel import ALONE, Cluster, clip_gradients
+from retentive.train.qat import Rounding
 
 
 class Batches(Protocol):
@@ -44,6 +46,8 @@ class Training:
     optimizer: torch.optim.Optimizer = field(init=False)
     ema: EMA | None = field(init=False)
     """Moving average of the weights, if the config asks for it."""
+    rounding: Rounding | None = field(init=False)
+    """Quantisation-aware training, if the config asks for it."""
     step: int = 0
     """Finished steps, including skipped ones."""
     carried: Any = None
@@ -52,6 +56,11 @@ class Training:
     def __post_init__(self):
         self.optimizer = optimizer_of(self.model, self.config)
         self.ema = EMA(self.model, self.config.ema) if self.config.ema else None
+        self.rounding = Rounding(self.model, self.config.qat) if self.config.qat != "none" else None
+
+    def rounded(self) -> AbstractContextManager[None]:
+        """The model as steps and evaluations compute with it."""
+        return self.rounding.in_place() if self.rounding else nullcontext()
 
 
 def take_step(training: Training) -> dict[str, Any]:
@@ -67,7 +76,8 @@ def take_step(training: Training) -> dict[str, Any]:
     # Dropout depends on the step only. Seeds are far apart, so that runs with neighbouring seeds do not share any.
     # Ranks that read different tokens have different seeds; tensor parallel ranks must drop the same values.
     torch.manual_seed(config.seed * 1_000_003 + training.step + training.cluster.dp_cp.rank * 10**14)
-    loss, tokens = accumulate_gradients(training)
+    with training.rounded():
+        loss, tokens = accumulate_gradients(training)
     norm = clip_gradients(training.model, config.clip or math.inf, training.cluster)  # inf: measured, not clipped
     training.step += 1
     if not (math.isfinite(loss) and math.isfinite(norm)):
