@@ -3,6 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from retentive.checkpoint.quantize import matrices
 from retentive.models import ModelConfig
 from retentive.models.presets import ATTENTION, FEED_FORWARD, RETENTION
 
@@ -31,3 +35,20 @@ def stacked(config: ModelConfig) -> ModelConfig:
     """Returns the config with no feed-forward layer in the attention blocks: two mixers, one after the other."""
     blocks = [replace(b, ffn=None) if b.mixer.kind == "attention" else b for b in config.blocks]
     return replace(config, blocks=tuple(blocks))
+
+
+@torch.no_grad()
+def on_levels(model: nn.Module) -> nn.Module:
+    """Gives half of a model's matrices 16 levels in each group of 32, from the minimum to the maximum, as Q4_1 has."""
+    for _, layer in matrices(model)[::2]:
+        if layer.weight.shape[1] % 32 == 0:
+            layer.weight.copy_(levels(layer.weight))
+    return model
+
+
+def levels(w: Tensor) -> Tensor:
+    """Returns the nearest such matrix."""
+    parts = w.unflatten(1, (-1, 32))
+    minimum = parts.amin(2, keepdim=True).half().float()
+    scale = ((parts.amax(2, keepdim=True) - minimum) / 15).half().float()
+    return (((parts - minimum) / scale).round().clamp(0, 15) * scale + minimum).flatten(1)

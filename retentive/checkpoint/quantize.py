@@ -1,6 +1,7 @@
 """Quantises a model's matrices to integers: round to nearest, or with calibration text, GPTQ's error feedback.
 
-    quantize(model, bits, group)                  each group of columns gets the scale of least squared error
+    quantize(model, bits, group)                  each group of columns gets the scale of least squared error; matrices
+                                                  of GGUF's Q4_1 keep their integers
     quantize(model, bits, group, batches=ids)     columns not yet rounded compensate the output error of each rounded
                                                   column: GPTQ, arXiv 2210.17323
 
@@ -9,7 +10,7 @@ to nothing either way.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from retentive.data.sources import Document
 from retentive.data.tokenizer import Tokenizer
-from retentive.layers.quantized import Quantized, QuantizedEmbedding, QuantizedLinear
+from retentive.layers.quantized import Integers, Quantized, QuantizedEmbedding, QuantizedLinear
 from retentive.models import LanguageModel
 from retentive.options import option
 
@@ -78,20 +79,36 @@ def matrices(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Embedding]]:
     ]
 
 
-def as_quantized(model: LanguageModel, how: Quantization, dtype: torch.dtype) -> LanguageModel:
-    """Replaces the matrices of `model`, in place, by integer ones that are yet to be filled."""
+def as_quantized(
+    model: LanguageModel, how: Quantization, dtype: torch.dtype, *, minimums: Collection[str] = ()
+) -> LanguageModel:
+    """Replaces the matrices of `model`, in place, by integer ones that are yet to be filled.
+
+    Args:
+        minimums: names of the minimums that matrices have, as in `state_dict`.
+    """
     for name, module in matrices(model):
         rows, columns = module.weight.shape
+        least = f"{name}.minimum" in minimums
         with module.weight.device:
             if isinstance(module, nn.Linear):
-                made: Quantized = QuantizedLinear(rows, columns, how.bits, how.group, dtype, module.bias)
+                made: Quantized = QuantizedLinear(
+                    rows, columns, how.bits, how.group, dtype, module.bias, minimums=least
+                )
             else:
-                made = QuantizedEmbedding(rows, columns, how.bits, how.group, dtype)
+                made = QuantizedEmbedding(rows, columns, how.bits, how.group, dtype, minimums=least)
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, made)
     if model.config.tie_embeddings:
-        model.head.weight, model.head.scale = model.embed.weight, model.embed.scale
+        tie(model)
     return model
+
+
+def tie(model: Any) -> None:
+    """Gives the quantised output matrix the embedding's integers."""
+    model.head.weight, model.head.scale, model.head.minimum = (
+        model.embed.weight, model.embed.scale, model.embed.minimum,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -179,13 +196,11 @@ def _second_moments(block: nn.Module, streams: list) -> dict[str, Tensor]:
 
 
 def _fill(into: Quantized, weight: Tensor, moment: Tensor | None) -> None:
-    if moment is None:
-        q, scales = rounded(weight, into.bits, into.group)
-    else:
-        q, scales = fed_back(weight, moment, into.bits, into.group)
-    if not bool(scales.isfinite().all()):
+    how = weight, into.bits, into.group
+    made = rounded(*how) if moment is None else on_grid(*how) or fed_back(weight, moment, into.bits, into.group)
+    if not bool(made.scale.isfinite().all()):
         raise ValueError(f"a weight of {weight.abs().max():.3g} is too large for a scale of 16 bits")
-    into.store(q, scales)
+    into.store(made)
 
 
 def best_scale(w: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
@@ -214,8 +229,25 @@ def _levels(w: Tensor, scale: Tensor, top: int) -> Tensor:
     return torch.where(scale[:, None] == 0, 0, w / scale[:, None]).round().clamp(-top, top - 1)
 
 
-def rounded(w: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """Returns (integers `[rows, columns]`, scales `[rows, groups]`), every group rounded separately."""
+def on_grid(w: Tensor, bits: int, group: int) -> Integers | None:
+    """Returns the integers of a matrix whose groups lie on 16 levels, the least and the largest among them: one that
+    was Q4_1 in a GGUF file. None for any other."""
+    if bits != 4 or w.shape[1] % group:
+        return None
+    parts = w.float().unflatten(1, (-1, group))
+    least = parts.amin(2)
+    minimum, scale = least.half(), ((parts.amax(2) - least) / 15).half()
+    if not torch.equal(minimum.float(), least) or not scale.any():  # the first holds for hardly any other matrix
+        return None
+    q = ((parts - least[:, :, None]) / scale.float()[:, :, None]).nan_to_num(0.0).round() - 8
+    made = Integers(q.clamp(-8, 7).to(torch.int8).flatten(1), scale, minimum)
+    return made if torch.equal(made.floats(group), w.float()) else None
+
+
+def rounded(w: Tensor, bits: int, group: int) -> Integers:
+    """Returns the nearest integers: those of `on_grid` if there are any, else every group rounded separately."""
+    if made := on_grid(w, bits, group):
+        return made
     columns = w.shape[1]
     groups = F.pad(w.float(), (0, -columns % group)).view(-1, group)
     parts = groups.split(max(AT_ONCE // group, 1))
@@ -224,10 +256,10 @@ def rounded(w: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
         _levels(part, scale, 2 ** (bits - 1)).to(torch.int8)
         for part, scale in zip(parts, scales.float().split(max(AT_ONCE // group, 1)), strict=True)
     ]
-    return torch.cat(q).view(len(w), -1)[:, :columns], scales.view(len(w), -1)
+    return Integers(torch.cat(q).view(len(w), -1)[:, :columns], scales.view(len(w), -1))
 
 
-def fed_back(w: Tensor, moment: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+def fed_back(w: Tensor, moment: Tensor, bits: int, group: int) -> Integers:
     """Returns the same with GPTQ, in natural order of columns: later columns compensate each column's error, such that
     `|w x - scale q x|` is least for inputs with the given second moment `[columns, columns]`."""
     w, top = w.double().clone(), 2 ** (bits - 1)
@@ -245,7 +277,7 @@ def fed_back(w: Tensor, moment: Tensor, bits: int, group: int) -> tuple[Tensor, 
             errors[:, k - begin] = error = (w[:, k] - level * scale) / feed[k, k]
             w[:, k + 1 : end] -= error[:, None] * feed[k, k + 1 : end]
         w[:, end:] -= errors @ feed[begin:end, end:]
-    return q, torch.stack(scales, 1)
+    return Integers(q, torch.stack(scales, 1))
 
 
 def batches_of(documents: Iterable[Document], tokenizer: Tokenizer, *, tokens: int, length: int = 512) -> list[Tensor]:

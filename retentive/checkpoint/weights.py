@@ -98,14 +98,14 @@ def fill(
     model.load_state_dict(ready, strict=False, assign=True)
     if model.config.tie_embeddings:  # `assign` has untied them
         if kept:
-            model.head.scale = model.embed.scale
+            model.head.scale, model.head.minimum = model.embed.scale, model.embed.minimum
         model.head.weight = model.embed.weight
 
 
 def _is_scale(model: Any, name: str) -> bool:
-    """True for scales of a quantised matrix."""
+    """True for scales and minimums of a quantised matrix."""
     owner, _, own = name.rpartition(".")
-    return own == "scale" and not model.get_submodule(owner).weight.dtype.is_floating_point
+    return own in ("scale", "minimum") and not model.get_submodule(owner).weight.dtype.is_floating_point
 
 
 def _check_fit(tensors: dict[str, Tensor], parameters: dict[str, Tensor], where: str) -> None:

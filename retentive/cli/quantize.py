@@ -35,7 +35,7 @@ class QuantizeCommand:
     """Number of tokens of that text to read."""
     group: int | None = None
     """Weights per scale, a multiple of 16 up to 256. Default: 128 for int8, 32 for int4; 32
-    for a .gguf file, whose integers of Q8_0 or Q4_0 stay as they are."""
+    for a .gguf file, whose integers of Q8_0, Q4_0 or Q4_1 stay as they are."""
     tokenizer: str | None = None
     """Tokenizer (bytes, or a tokenizer.json) for a model without one."""
 

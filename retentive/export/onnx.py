@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from retentive.export.models import check_model
-from retentive.export.onnx_graph import MICROSOFT, Graph, integers
+from retentive.export.onnx_graph import MICROSOFT, Graph, groups_of_columns, integers, shift
 from retentive.export.onnx_mixers import MIXERS, memories, positions_of, shared
 from retentive.export.onnx_run import FORMAT
 from retentive.layers.quantized import Quantized
@@ -120,6 +120,9 @@ def _embedded(graph: Graph, model: Any) -> str:
             named = graph.constant(rows, key=("rows", key)), graph.constant(scale, key=("scale", key))
             how: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 1, "block_size": embed.group, "bits": embed.bits}
             x = graph.add("GatherBlockQuantized", named[0], "input_ids", named[1], domain=MICROSOFT, **how)
+        if embed.minimum is not None:
+            shifts = graph.add("Gather", graph.constant(shift(embed)), "input_ids", axis=0)
+            x = graph.add("Add", x, graph.add("MatMul", shifts, graph.constant(groups_of_columns(embed).T)))
     if c.embed_scale:
         x = graph.add("Mul", x, graph.constant(np.float32(c.dim**0.5)))
     return graph.norm(x, model.embed_norm.weight, c.dim, c.norm_eps) if c.embed_norm else x

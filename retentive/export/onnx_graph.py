@@ -80,6 +80,16 @@ class Graph:
         first = layers[0]
         if not isinstance(first, Quantized):
             return self.add("MatMul", x, self.constant(torch.cat([layer.weight.float() for layer in layers]).T))
+        y = self._integer_matmul(x, layers)
+        if all(layer.minimum is None for layer in layers):
+            return y
+        shifts = self.constant(np.concatenate([shift(layer) for layer in layers]).T)
+        sums = self.add("MatMul", x, self.constant(groups_of_columns(first)))
+        return self.add("Add", y, self.add("MatMul", sums, shifts))
+
+    def _integer_matmul(self, x: str, layers: Sequence[Any]) -> str:
+        """Adds quantised layers, as if they had no minimums."""
+        first = layers[0]
         q, scale = integers(layers)
         key = tuple(id(layer.weight) for layer in layers)  # tied matrices are one
         if self.standard:
@@ -116,3 +126,15 @@ def integers(layers: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     wanted = scale.shape[1] * group * bits // 8
     q = np.pad(q, ((0, 0), (0, wanted - q.shape[1])), constant_values=WHOLE_NUMBERS[bits])
     return q.reshape(len(q), scale.shape[1], -1), scale
+
+
+def shift(layer: Any) -> np.ndarray:
+    """Returns what is added to `scale * q` for weights with minimums, float32 `[N, groups]`; 0 for others."""
+    found = torch.zeros(layer.scale.shape) if layer.minimum is None else layer.minimum.float() + 8 * layer.scale.float()
+    return found.cpu().numpy()
+
+
+def groups_of_columns(layer: Any) -> np.ndarray:
+    """Returns float32 `[K, groups]`: 1 where a column is in a group. `x @` this sums x over each group."""
+    of_column = np.arange(layer.columns) // layer.group
+    return (of_column[:, None] == np.arange(layer.scale.shape[1])).astype(np.float32)

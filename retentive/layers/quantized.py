@@ -1,33 +1,55 @@
 """Quantised matrices: integers with a scale for each row and group of columns, in place of matrices of floats.
 
     w[n, k] = scale[n, k / group] * q[n, k]        q of 8 bits, or of 4 bits, two columns per byte, the first one low
+    w[n, k] = scale[n, k / group] * (q[n, k] + 8) + minimum[n, k / group]             4 bits of a matrix with minimums
 
+The second form is that of Q4_1 in GGUF files. Both kinds of matrices can be in one model.
 They cannot be trained. This module converts them to floats at every use, on any device; `retentive.native` multiplies
 the integers themselves.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ALL = slice(None)
 
-def dequantized(q: Tensor, scale: Tensor, group: int) -> Tensor:
-    """Returns the float32 numbers that integers `[..., columns]` and scales `[..., groups]` stand for."""
-    # multiplied in float32: rounding a scale to bfloat16 costs more than the integer's own error
-    return q.float() * scale.float().repeat_interleave(group, -1)[..., : q.shape[-1]]
+
+class Integers(NamedTuple):
+    """A matrix, or rows of it, in integers."""
+
+    q: Tensor
+    """`[..., columns]` int8."""
+    scale: Tensor
+    """`[..., groups]` float16."""
+    minimum: Tensor | None = None
+    """`[..., groups]` float16; None: integers have a sign, and 0 stands for 0."""
+
+    def floats(self, group: int) -> Tensor:
+        """Returns the float32 numbers that they stand for."""
+
+        def spread(x: Tensor) -> Tensor:
+            return x.float().repeat_interleave(group, -1)[..., : self.q.shape[-1]]
+
+        # multiplied in float32: rounding a scale to bfloat16 costs more than the integer's own error
+        if self.minimum is None:
+            return self.q.float() * spread(self.scale)
+        return (self.q.float() + 8) * spread(self.scale) + spread(self.minimum)
 
 
 class Quantized(nn.Module):
     """Base of the quantised linear layer and embedding."""
 
-    def __init__(self, rows: int, columns: int, bits: int, group: int, dtype: torch.dtype):
+    def __init__(self, rows: int, columns: int, bits: int, group: int, dtype: torch.dtype, *, minimums: bool = False):
         """
         Args:
             bits: 8 or 4.
             group: columns per scale; the last group of a row may have fewer.
             dtype: dtype of its computation.
+            minimums: with a minimum for each group, of 4 bits only.
         """
         super().__init__()
         self.rows, self.columns, self.bits, self.group, self.dtype = rows, columns, bits, group, dtype
@@ -35,19 +57,25 @@ class Quantized(nn.Module):
         self.weight = nn.Parameter(q, requires_grad=False)
         scale = torch.empty(rows, -(-columns // group), dtype=torch.float16)
         self.scale = nn.Parameter(scale, requires_grad=False)
+        self.register_parameter("minimum", nn.Parameter(torch.empty_like(scale), False) if minimums else None)
 
-    def floats(self, q: Tensor, scale: Tensor) -> Tensor:
-        """Returns rows as floats `[..., columns]`, from their stored integers and their scales."""
+    def floats(self, at: Tensor | slice = ALL) -> Tensor:
+        """Returns rows, by their numbers, as floats `[..., columns]`."""
+        q, scale = self.weight[at], self.scale[at]
         if self.bits == 4:
             q = torch.stack((q << 4, q), -1).flatten(-2)[..., : self.columns].view(torch.int8) >> 4  # keeps the sign
-        return dequantized(q, scale, self.group).to(self.dtype)
+        minimum = None if self.minimum is None else self.minimum[at]
+        return Integers(q, scale, minimum).floats(self.group).to(self.dtype)
 
-    def store(self, q: Tensor, scale: Tensor) -> None:
-        """Stores integers `[rows, columns]` and scales `[rows, groups]`."""
+    def store(self, made: Integers) -> None:
+        """Stores all rows, with minimums or without."""
+        q = made.q
         if self.bits == 4:
             q = F.pad(q, (0, self.columns % 2)).view(torch.uint8)
             q = q[:, 0::2] & 15 | q[:, 1::2] << 4
-        self.weight.data, self.scale.data = q.contiguous(), scale.to(torch.float16).contiguous()
+        self.weight.data, self.scale.data = q.contiguous(), made.scale.to(torch.float16).contiguous()
+        minimum = made.minimum
+        self.minimum = None if minimum is None else nn.Parameter(minimum.to(torch.float16).contiguous(), False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # a scale keeps its dtype when the model is cast: bfloat16's 8 bits would lose 3 of its bits
@@ -63,18 +91,26 @@ class QuantizedLinear(Quantized):
     """Quantised `nn.Linear`; the bias stays in floats."""
 
     def __init__(
-        self, rows: int, columns: int, bits: int, group: int, dtype: torch.dtype, bias: nn.Parameter | None = None
+        self,
+        rows: int,
+        columns: int,
+        bits: int,
+        group: int,
+        dtype: torch.dtype,
+        bias: nn.Parameter | None = None,
+        *,
+        minimums: bool = False,
     ):
-        super().__init__(rows, columns, bits, group, dtype)
+        super().__init__(rows, columns, bits, group, dtype, minimums=minimums)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.floats(self.weight, self.scale).to(x.dtype), bias)
+        return F.linear(x, self.floats().to(x.dtype), bias)
 
 
 class QuantizedEmbedding(Quantized):
     """Quantised `nn.Embedding`."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.floats(self.weight[ids], self.scale[ids])
+        return self.floats(ids)

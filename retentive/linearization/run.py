@@ -30,7 +30,7 @@ from retentive.data.loader import Mode
 from retentive.data.packed import Packed
 from retentive.data.prepare import prepare
 from retentive.files import only_writer, write_json, write_text
-from retentive.linearization.beside import curves, errors, plot, table
+from retentive.linearization.beside import curves, error_table, plot
 from retentive.linearization.windows import choose
 from retentive.linearization.written import write_chats
 from retentive.machine import gemm_rate, pick_device
@@ -94,6 +94,8 @@ class LinearizeRun:
     """Tokens of stage 2; 0 leaves it out."""
     tokens: int = 500_000
     """Tokens of stage 3, which trains all weights."""
+    only: tuple[str, ...] = ()
+    """Train in stage 3 only weights whose names contain one of these, such as retention. Default: all."""
     lr_new: float = 1e-3
     """Peak learning rate of stages 1 and 2."""
     mode: Mode = "packed"
@@ -345,12 +347,12 @@ class LinearizeRun:
         plan: list[tuple[Path, int, dict[str, Any]]] = [
             (self.beside("mixers"), self.mixers, dict(learns="mixers", only=NEW)),
             (self.beside("predictions"), self.predictions, dict(only=NEW)),
-            (self.out, self.tokens, {}),
+            (self.out, self.tokens, dict(only=self.only)),
         ]
         for out, tokens, how in plan:
             if tokens:
                 steps = max(1, tokens // (self.batch * self.length * self.train.accumulate))
-                lr = self.lr_new if "only" in how else self.train.lr
+                lr = self.train.lr if out == self.out else self.lr_new
                 common = dict(
                     init=str(made[-1].out if made else begin), teacher=self.teacher, mode=self.mode, batch=self.batch,
                     length=self.length, resume=self.resume, overwrite=self.overwrite, data_weights=self.data_weights,
@@ -378,11 +380,7 @@ class LinearizeRun:
         file = run.out / "layers.md"
         if self.resume and file.is_file():
             return file.read_text(encoding="utf-8")
-        batch = run.batches(run.opened())[0]
-        teacher, before, after = (
-            ModelFolder.open(x).model(dtype=torch.float32) for x in (self.teacher, begin, run.out)
-        )
-        found = table(*(errors(model, teacher, batch) for model in (before, after)))
+        found = error_table(self.teacher, begin, run.out, run.batches(run.opened())[0])
         write_text(file, found + "\n")
         return found
 
@@ -400,7 +398,7 @@ class LinearizeRun:
         """Line about a stage: its tokens, the weights that it trains, and how long it takes."""
         tokens = run.train.steps * run.batch * run.length * run.train.accumulate
         target = "outputs of the teacher's mixers" if run.learns == "mixers" else "the teacher's predictions"
-        trained = "retention" if run.only else "all weights"
+        trained = " and ".join(run.only) or "all weights"
         forward, read = (
             cost.mean_flops_per_token(cast(ModelConfig, config), run.length)
             for config in (ModelFolder.open(self.beside("student")).config, teacher)

@@ -17,7 +17,7 @@ KINDS = ("float32", "bfloat16", "int8", "int4")
 class Matrix(ctypes.Structure):
     """struct Matrix of c/weights.h."""
 
-    _fields_ = struct("N K kind group", "lines scales")
+    _fields_ = struct("N K kind group least", "lines scales minimums")
 
 
 class Turn(ctypes.Structure):

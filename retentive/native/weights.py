@@ -33,7 +33,7 @@ MIXERS = ("retention", "attention")
 
 
 class Rows(NamedTuple):
-    """Rows of a matrix as stored, with scales if they are integers."""
+    """Rows of a matrix as stored, with scales, and perhaps minimums, if they are integers."""
 
     kind: str
     columns: int
@@ -41,13 +41,16 @@ class Rows(NamedTuple):
     """Columns per scale; 0 for floats."""
     stored: Tensor
     scales: Tensor | None = None
+    minimums: Tensor | None = None
 
     @staticmethod
     def of(module: nn.Module) -> "Rows":
         """All rows of a linear layer or an embedding."""
         weight: Any = module.weight
         if isinstance(module, Quantized):
-            return Rows(f"int{module.bits}", module.columns, module.group, weight.detach(), module.scale.detach())
+            least = None if module.minimum is None else module.minimum.detach()
+            kind = f"int{module.bits}"
+            return Rows(kind, module.columns, module.group, weight.detach(), module.scale.detach(), least)
         return Rows(str(weight.dtype).removeprefix("torch."), weight.shape[1], 0, weight.detach())
 
     @property
@@ -58,6 +61,7 @@ class Rows(NamedTuple):
     def shape(self) -> str:
         """Text of everything but the numbers: kind, rows, columns, and columns per scale."""
         grouped = f" in groups of {self.group}" if self.group else ""
+        grouped += " with minimums" if self.minimums is not None else ""
         return f"{self.kind} [{len(self.stored)}, {self.columns}]{grouped}"
 
 
@@ -261,7 +265,8 @@ class Packed:
         panels = sum(part.panels for part in parts)
         # rows of whole panels, except for the last part, whose padding is left out
         rows = (panels - parts[-1].panels) * ROWS + len(parts[-1].stored)
-        matrix = Matrix(rows, columns, KINDS.index(kind), group)
+        least = any(part.minimums is not None for part in parts)
+        matrix = Matrix(rows, columns, KINDS.index(kind), group, least)
         place = self._lines(library().packed_bytes(ctypes.byref(matrix)))
         library().place(ctypes.byref(matrix), ctypes.c_void_p(place))
         self._keep.append(matrix)
@@ -278,7 +283,7 @@ def _pack(matrix: Matrix, module: nn.Module, shape: str, first: int, step: int) 
     part = Rows.of(module)
     if part.shape != shape:
         raise ValueError(f"the native engine has packed {shape}, the model has {part.shape} now: call with_engine anew")
-    stored, scales = part.stored.contiguous(), None if part.scales is None else part.scales.contiguous()
-    pointers = (stored.data_ptr(), None if scales is None else scales.data_ptr())
-    where = map(ctypes.c_int64, (len(stored), first, step))
-    library().pack(ctypes.byref(matrix), *where, *map(ctypes.c_void_p, pointers))
+    rows = [None if x is None else x.contiguous() for x in (part.stored, part.scales, part.minimums)]
+    where = map(ctypes.c_int64, (len(part.stored), first, step))
+    pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in rows]
+    library().pack(ctypes.byref(matrix), *where, *pointers)

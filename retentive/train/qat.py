@@ -10,10 +10,10 @@ without calibration text, it computes what was trained.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from retentive.checkpoint.quantize import BITS, GROUPS, check_quantizable, matrices, rounded
-from retentive.layers.quantized import dequantized
 from retentive.models import LanguageModel
 
 
@@ -31,19 +31,23 @@ class Rounding:
         """
         check_quantizable(model)
         self.bits, self.group = BITS[to], GROUPS[BITS[to]]
-        self._weights = {id(layer.weight): layer.weight for _, layer in matrices(model)}.values()  # tied ones once
+        self._weights = {id(layer.weight): layer.weight for _, layer in matrices(model)}  # tied ones once
+        self._frozen: dict[int, Tensor] = {}  # rounded once: those that are not trained, from the first step on
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Rounds the weights in this block; afterwards the model has its own, bit for bit."""
-        own = [w.data for w in self._weights]
+        own = {key: w.data for key, w in self._weights.items()}
         try:
-            for w in self._weights:
-                w.data = self._rounded(w.data)
+            for key, w in self._weights.items():
+                w.data = self._frozen[key] if key in self._frozen else self._rounded(key, w)
             yield
         finally:
-            for w, x in zip(self._weights, own, strict=True):
-                w.data = x
+            for key, w in self._weights.items():
+                w.data = own[key]
 
-    def _rounded(self, w: Tensor) -> Tensor:
-        return dequantized(*rounded(w, self.bits, self.group), self.group).to(w.dtype)
+    def _rounded(self, key: int, w: Tensor) -> Tensor:
+        x = rounded(w.data, self.bits, self.group).floats(self.group).to(w.dtype)
+        if not w.requires_grad:
+            self._frozen[key] = x = w.data if torch.equal(x, w.data) else x
+        return x

@@ -20,8 +20,9 @@ from retentive.checkpoint.quantize import (
 from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.files import load_tensors, save_tensors
-from retentive.layers.quantized import Quantized, QuantizedEmbedding, QuantizedLinear
+from retentive.layers.quantized import Integers, Quantized, QuantizedEmbedding, QuantizedLinear
 from retentive.models import ARCHITECTURES, build, hybrid, peer, retnet, transformer
+from tests.configs import on_levels
 
 SMALL = dict(vocab_size=67, dim=48, layers=2, heads=2, ffn_dim=50)
 CONFIGS = {
@@ -48,17 +49,20 @@ def error(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("bits", "minimums"), [(8, False), (4, False), (4, True)])
 @pytest.mark.parametrize("columns", [16, 7, 50])
-def test_what_is_stored_comes_back(bits, columns, same):
+def test_what_is_stored_comes_back(bits, minimums, columns, same):
     q = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, columns), dtype=torch.int8)
     scale = torch.rand(5, -(-columns // 16)).half()
-    want = q.float() * scale.float().repeat_interleave(16, 1)[:, :columns]
+    minimum = torch.randn(scale.shape).half() if minimums else None
+    want = (q.float() + 8 * minimums) * scale.float().repeat_interleave(16, 1)[:, :columns]
+    if minimums:
+        want += minimum.float().repeat_interleave(16, 1)[:, :columns]
     linear = QuantizedLinear(5, columns, bits, 16, dtype=torch.float32)
-    linear.store(q, scale)
+    linear.store(Integers(q, scale, minimum))
     same(linear(torch.eye(columns)), want.T, 1e-6)
     embedding = QuantizedEmbedding(5, columns, bits, 16, dtype=torch.float32)
-    embedding.store(q, scale)
+    embedding.store(Integers(q, scale, minimum))
     same(embedding(torch.tensor([[4, 0, 4]])), want[[4, 0, 4]][None], 0)
     for dtype in (torch.bfloat16, torch.float32):  # scales survive casts of the model
         embedding.to(dtype)
@@ -84,8 +88,25 @@ def test_the_scale_is_that_of_least_error(bits, times):
 def test_zeros_stay_zeros():
     w = torch.zeros(3, 40)
     w[1, 20] = 1e-30  # below what a float16 scale can say
-    q, scale = rounded(w, 4, 16)
-    assert not q.any() and scale.isfinite().all()
+    made = rounded(w, 4, 16)
+    assert not made.q.any() and made.scale.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_matrices_on_levels_from_minimum_to_maximum_keep_their_integers(calibrated, tmp_path, same):
+    model = on_levels(build(retnet(**SMALL | dict(dim=64, tie_embeddings=True)))).eval()
+    ids = torch.randint(67, (1, 30))
+    save_model(tmp_path, quantize(model, 4, batches=[ids] * calibrated))
+    made, _ = load(tmp_path, dtype=torch.float32)
+    kept = {name for name, layer in made.named_modules() if isinstance(layer, Quantized) and layer.minimum is not None}
+    assert {name.rpartition(".")[2] for name in kept} >= {"embed", "head", "gate_proj"}
+    assert sum(isinstance(layer, Quantized) for layer in made.modules()) > len(kept)
+    for name in kept:
+        same(made.get_submodule(name).floats(), model.get_submodule(name).weight, 0)
+    assert rounded(model.embed.weight, 8, 32).minimum is rounded(model.embed.weight, 4, 16).minimum is None
+    model.embed.weight[3, 40] += 1e-3
+    assert rounded(model.embed.weight, 4, 32).minimum is None
 
 
 def test_errors_fed_back_make_outputs_nearer():
@@ -93,11 +114,8 @@ def test_errors_fed_back_make_outputs_nearer():
     x = torch.randn(400, 12) @ torch.randn(12, 96) + 0.05 * torch.randn(400, 96)
     w = torch.randn(40, 96)
 
-    def stands_for(q, scale):
-        return q.float() * scale.float().repeat_interleave(32, 1)
-
-    plain = stands_for(*rounded(w, 4, 32))
-    fed = stands_for(*fed_back(w, x.double().T @ x.double(), 4, 32))
+    plain = rounded(w, 4, 32).floats(32)
+    fed = fed_back(w, x.double().T @ x.double(), 4, 32).floats(32)
     assert error(x @ fed.T, x @ w.T) < 0.67 * error(x @ plain.T, x @ w.T)
     assert error(fed, w) > error(plain, w)
 

@@ -22,6 +22,7 @@ from retentive.infer import generate as torch_generate
 from retentive.models import transformer
 from retentive.models.encoders import AudioConfig, with_encoders
 from retentive.sampling import SamplingParams
+from tests.configs import on_levels
 from tests.export.variants import ATTENDING, TINY, VARIANTS, peaked, peaked_model
 
 
@@ -104,7 +105,7 @@ def test_far_positions_keep_their_phases(tmp_path):
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"dim": 72, "heads": 3, "decay_bias": True}])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_integers_go_in_as_they_are(bits, changes, tmp_path):
-    model = quantize(peaked(**changes), bits, 16 if bits == 8 else 32, dtype=torch.float32)
+    model = quantize(on_levels(peaked(**changes)), bits, 16 if bits == 8 else 32, dtype=torch.float32)
     ids = np.random.default_rng(0).integers(0, 257, 50).tolist()
     with torch.no_grad():
         want = model(torch.tensor([ids]))[0][0, -1].numpy()

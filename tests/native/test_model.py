@@ -20,7 +20,7 @@ from retentive.native.threads import Pace
 from retentive.ops.compiler import NotBuilt
 from retentive.ops.rotary import Scaling
 from tests.configs import changed as config_with
-from tests.configs import stacked
+from tests.configs import on_levels, stacked
 
 pytestmark = pytest.mark.skipif(isinstance(library(), NotBuilt), reason=str(library()))
 
@@ -172,7 +172,7 @@ def test_in_bfloat16_it_is_as_close_as_torch(model, how):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("how", ["decode", "read"])
 def test_integers_give_what_the_floats_that_they_stand_for_give(model, bits, how, same):
-    ids, made = torch.randint(VOCAB, (3, TOKENS)), quantize(model, bits, 32, dtype=torch.float32)
+    ids, made = torch.randint(VOCAB, (3, TOKENS)), quantize(on_levels(model), bits, 32, dtype=torch.float32)
     native = NativeModel(made)
     got = decoded(native, ids, None)[0] if how == "decode" else native(ids)[0]
     same(got, made(ids)[0], 1e-3)  # what they multiply has 16 bits, 2e-5 of the largest number of 32, layer after layer

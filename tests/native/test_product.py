@@ -104,19 +104,25 @@ class Packed:
     """A random matrix of a kind, packed; `exact` is what it stands for."""
 
     def __init__(self, library, kind, N, K, group):
-        self.library, w, scales = library, torch.randn(N, K), None
+        self.library, w, scales, self.minimums = library, torch.randn(N, K), None, None
         self.exact, rows = w.double(), w
         if kind == "bfloat16":
             rows = w.bfloat16()
             self.exact = rows.double()
-        elif kind in ("int8", "int4"):
+        elif kind != "float32":
             rows, scales, stands = quantised(w, group, 127 if kind == "int8" else 7)
             self.exact = stands.double()
-            if kind == "int4":
+            if kind == "minimums":
+                scales = scales.abs()
+                self.minimums = torch.randn(scales.shape).half()
+                columns = torch.arange(K) // group
+                self.exact = ((rows.float() + 8) * scales[:, columns] + self.minimums[:, columns]).double()
+            if kind != "int8":
                 nibbles = torch.nn.functional.pad(rows, (0, K % 2), value=5).to(torch.uint8) & 15  # 5 must not count
                 rows = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
         self.rows, self.scales = rows.contiguous(), scales
-        self.matrix = Matrix(N, K, KINDS.index(kind), group if scales is not None else 0)
+        number = KINDS.index("int4" if kind == "minimums" else kind)
+        self.matrix = Matrix(N, K, number, group if scales is not None else 0, kind == "minimums")
         size = library.packed_bytes(ctypes.byref(self.matrix))
         self.blob = torch.full((size + 128,), 77, dtype=torch.uint8)
         at = -self.blob.data_ptr() % 64
@@ -126,7 +132,7 @@ class Packed:
         assert (outside == 77).all(), "written past its room"
 
     def pack(self):
-        pointers = (self.rows.data_ptr(), None if self.scales is None else self.scales.data_ptr())
+        pointers = [None if x is None else x.data_ptr() for x in (self.rows, self.scales, self.minimums)]
         where = map(ctypes.c_int64, (self.matrix.N, 0, 1))
         self.library.pack(ctypes.byref(self.matrix), *where, *map(ctypes.c_void_p, pointers))
 
@@ -141,13 +147,13 @@ class Packed:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("N", "K", "group"), [*SHAPES, *UNEVEN], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "minimums"])
 def test_products_are_those_of_float64_however_many_rows(kind, N, K, group, library, same):
     packed = Packed(library, kind, N, K, group)
     x = torch.randn(13, K)
     read = x.bfloat16() if kind == "bfloat16" and library.pairs() else x
     # float32 sums; with integers x has 16 bits in each group, 2e-5 of its largest number
-    close = 1e-4 if kind.startswith("int") else 4e-6
+    close = 4e-6 if kind in ("float32", "bfloat16") else 1e-4
     for rows in (1, 2, 3, 7, 8, 13):
         y = packed(x[:rows])
         same(y[:, :N].double(), read[:rows].double() @ packed.exact.T, close)
@@ -156,7 +162,7 @@ def test_products_are_those_of_float64_however_many_rows(kind, N, K, group, libr
 
 
 @pytest.mark.parametrize(("N", "K", "group"), [*SHAPES, *UNEVEN], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "minimums"])
 def test_products_of_the_many_rows_of_a_prompt(kind, N, K, group, library, same):
     """Integers become bfloat16 there, where the CPU multiplies it: rounded at 2^-9, as x is."""
     packed = Packed(library, kind, N, K, group)
@@ -169,18 +175,18 @@ def test_products_of_the_many_rows_of_a_prompt(kind, N, K, group, library, same)
 
 
 @pytest.mark.parametrize(("N", "K", "group"), [*SHAPES, *UNEVEN, (40, 1100, 64), (16, 640, 128)], ids=str)
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "minimums"])
 def test_integers_have_the_same_bits_in_tiles_as_in_vectors(kind, N, K, group, built, same):
     """The sums are exact, and what is done with them is done in the same order."""
     tiles, vectors = (Packed(built(name), kind, N, K, group) for name in ("amx", "avx512bf16"))
-    vectors.rows, vectors.scales = tiles.rows, tiles.scales
+    vectors.rows, vectors.scales, vectors.minimums = tiles.rows, tiles.scales, tiles.minimums
     vectors.pack()
     for rows in (1, 4, 7, 16, 17, 32):
         x = torch.randn(rows, K)
         same(tiles(x), vectors(x), 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "minimums"])
 def test_a_row_can_be_read_alone(kind, library, same):
     packed, row = Packed(library, kind, 21, 70, 32), torch.full((71,), 7.0)
     for n in (0, 16, 20):
@@ -189,7 +195,7 @@ def test_a_row_can_be_read_alone(kind, library, same):
     assert row[70] == 7
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "minimums"])
 def test_what_is_not_finite_spoils_its_row_only(kind, library, same):
     packed = Packed(library, kind, 20, 96, 32)
     x = torch.randn(3, 96)

@@ -22,7 +22,7 @@ from retentive.native.library import FOLDER, OPS
 from retentive.ops.compiler import FLAGS, LINK
 from retentive.ops.rotary import Scaling
 from tests.configs import changed as config_with
-from tests.configs import stacked
+from tests.configs import on_levels, stacked
 
 HERE = Path(__file__).parent
 ZIG = [sys.executable, "-m", "ziglang", "cc"]
@@ -48,6 +48,7 @@ RETNETS = {
     "bfloat16": {},
     "int8": {},
     "int4": dict(ffn_dim=50),
+    "levels-int4": dict(dim=64, tie_embeddings=True),
     "paper": ARCHITECTURES["retnet-paper"],
     "fla": ARCHITECTURES["fla"],
     "biases": dict(decay_bias=True, qk_bias=True, rotary="half", heads=4, kv_heads=2, tie_embeddings=True),
@@ -131,6 +132,7 @@ def folder_of(name, path, tokenizer):
     torch.manual_seed(3)
     model = build(replace(MODELS[name], vocab_size=tokenizer.vocab_size)).eval()
     how = name.rpartition("-")[2]
+    model = on_levels(model) if name.startswith("levels") else model
     if how in ("int8", "int4"):
         model = quantize(model, int(how[3:]))
     elif how == "bfloat16":

@@ -23,21 +23,24 @@ typedef struct { const char *name; i64 rows; } Part; /* of a matrix; NULL: not i
 
 /* the parts one below the other, or panels of both in turn */
 static Matrix matrix_of(Folder *f, i64 K, int in_turn, const char *prefix, const Part *parts, int count) {
-    Matrix m = {0, K, FLOAT32, f->group, NULL, NULL};
-    const char *rows[5] = {0}, *scales[5] = {0}, *dtype = NULL, *of_first = NULL;
+    Matrix m = {0, K, FLOAT32, f->group, 0, NULL, NULL, NULL};
+    const char *rows[5] = {0}, *scales[5] = {0}, *minimums[5] = {0}, *dtype = NULL, *of_first = NULL;
     i64 panels = 0, first = 0;
     int have = 0;
     for (int i = 0; i < count && !f->bad; i++) {
-        char name[256], of_scales[272];
+        char name[256], of_scales[272], of_minimums[272];
         if (!parts[i].name) continue;
         snprintf(name, sizeof name, "%s%s.weight", prefix, parts[i].name);
         snprintf(of_scales, sizeof of_scales, "%s%s.scale", prefix, parts[i].name);
+        snprintf(of_minimums, sizeof of_minimums, "%s%s.minimum", prefix, parts[i].name);
         rows[i] = tensor(&f->tensors, name, parts[i].rows, f->bits == 4 ? (K + 1) / 2 : K, &dtype, &f->bad, f->error);
         if (f->bits && !f->bad) {
-            const char *half = NULL;
-            scales[i] =
-                tensor(&f->tensors, of_scales, parts[i].rows, (K + f->group - 1) / f->group, &half, &f->bad, f->error);
-            if (!scales[i] || strcmp(half, "F16")) rows[i] = NULL;
+            const char *half = NULL, *other = "F16";
+            i64 groups = (K + f->group - 1) / f->group;
+            scales[i] = tensor(&f->tensors, of_scales, parts[i].rows, groups, &half, &f->bad, f->error);
+            minimums[i] = tensor(&f->tensors, of_minimums, parts[i].rows, groups, &other, &f->bad, f->error);
+            if (!scales[i] || strcmp(half, "F16") || strcmp(other, "F16")) rows[i] = NULL;
+            if (minimums[i]) m.least = 1;
         }
         if (!rows[i] && !f->bad) f->bad = 1, fail(f->error, "model.safetensors has no %s", name);
         of_first = of_first ? of_first : dtype;
@@ -57,7 +60,7 @@ static Matrix matrix_of(Folder *f, i64 K, int in_turn, const char *prefix, const
     for (int i = 0, n = 0; i < count; i++) {
         if (!parts[i].name) continue;
         pack(&m, parts[i].rows, in_turn ? n : first, in_turn ? have : 1, (const uint8_t *)rows[i],
-             (const uint16_t *)scales[i]);
+             (const uint16_t *)scales[i], (const uint16_t *)minimums[i]);
         first += (parts[i].rows + ROWS - 1) / ROWS, n++;
     }
     return m;

@@ -264,12 +264,13 @@ INLINE void panels_of_floats(int panels, int rows, int kind, i64 ahead, i64 line
             UNROLLED for (int p = 0; p < PARTS; p++) store(y + r * ld + n * ROWS + p * LANES, sum[n][r][p]);
 }
 
-INLINE void panels_of_integers(int panels, int rows, int kind, i64 ahead, i64 groups, i64 group, const uint8_t *at,
-                               i64 bytes, const uint16_t *scales, const int32_t *x, i64 width, const float *scale,
-                               const int32_t *sums, float *y, i64 ld) {
+INLINE void panels_of_integers(int panels, int rows, int kind, int least, i64 ahead, i64 groups, i64 group,
+                               const uint8_t *at, i64 bytes, const uint16_t *scales, const uint16_t *minimums,
+                               const int32_t *x, i64 width, const float *scale, const int32_t *sums, float *y, i64 ld) {
     vf total[WIDE][AT_ONCE][PARTS] = {{{{0}}}};
-    const int four = kind == INT4, unit = four ? 8 : 4, units = unit / 2 / DIGITS, zero = four ? 8 : DIGITS == 2 ? 0 : 128;
-    for (i64 g = 0; g < groups; g++, scales += ROWS) {
+    const int four = kind == INT4, unit = four ? 8 : 4, units = unit / 2 / DIGITS;
+    const int zero = least ? 0 : four ? 8 : DIGITS == 2 ? 0 : 128;
+    for (i64 g = 0; g < groups; g++) {
         vi sum[WIDE][AT_ONCE][PARTS] = {{{{0}}}};
         int digit = 0;
 #ifdef BLOCKS
@@ -292,10 +293,12 @@ INLINE void panels_of_integers(int panels, int rows, int kind, i64 ahead, i64 gr
         at += group / unit * LINE;
         UNROLLED for (int n = 0; n < panels; n++)
             UNROLLED for (int p = 0; p < PARTS; p++) {
-                vf of_rows = scales_at(scales + n * groups * ROWS + p * LANES);
+                i64 of_group = (n * groups + g) * ROWS + p * LANES;
+                vf of_rows = scales_at(scales + of_group), lowest = least ? scales_at(minimums + of_group) : of_rows;
                 UNROLLED for (int r = 0; r < rows; r++) {
                     vi exact = sum[n][r][p] - zero * sums[r * groups + g];
                     total[n][r][p] += __builtin_convertvector(exact, vf) * (of_rows * splat(scale[r * groups + g]));
+                    if (least) total[n][r][p] += lowest * splat(sums[r * groups + g] * scale[r * groups + g]);
                 }
             }
     }
@@ -310,6 +313,7 @@ INLINE void some(int panels, int rows, const Matrix *m, const Input *in, i64 r, 
     i64 lines = lines_of_panel(m), groups = groups_of(m), bytes = lines * LINE;
     const uint8_t *at = m->lines + panel * bytes;
     const uint16_t *scales = m->scales + panel * groups * ROWS;
+    const uint16_t *minimums = m->least ? m->minimums + panel * groups * ROWS : NULL;
     const int32_t *x = in->x + r / in->width * in->width * units_of(m->kind, in->K) + r % in->width;
     i64 width = rows > 1 ? AT_ONCE : in->width;
     const float *scale = in->scale + r * groups;
@@ -320,10 +324,13 @@ INLINE void some(int panels, int rows, const Matrix *m, const Input *in, i64 r, 
     y += r * ld + panel * ROWS;
     if (m->kind == FLOAT32) panels_of_floats(panels, rows, FLOAT32, ahead, lines, at, bytes, x, width, y, ld);
     else if (m->kind == BFLOAT16) panels_of_floats(panels, rows, BFLOAT16, ahead, lines, at, bytes, x, width, y, ld);
-    else if (m->kind == INT8)
-        panels_of_integers(panels, rows, INT8, ahead, groups, m->group, at, bytes, scales, x, width, scale, sum, y, ld);
-    else
-        panels_of_integers(panels, rows, INT4, ahead, groups, m->group, at, bytes, scales, x, width, scale, sum, y, ld);
+#define INTEGERS(kind, least)                                                                                              \
+    panels_of_integers(panels, rows, kind, least, ahead, groups, m->group, at, bytes, scales, minimums, x, width, scale,   \
+                       sum, y, ld)
+    else if (m->kind == INT8) INTEGERS(INT8, 0);
+    else if (m->least) INTEGERS(INT4, 1);
+    else INTEGERS(INT4, 0);
+#undef INTEGERS
 }
 
 INLINE void strips(int panels, const Matrix *m, const Input *in, i64 rows, i64 panel, float *y, i64 ld) {
@@ -338,13 +345,14 @@ INLINE void strips(int panels, const Matrix *m, const Input *in, i64 rows, i64 p
 /* a panel of integers as one of bfloat16 */
 INLINE void expand_lines(int kind, const Matrix *m, i64 panel, uint8_t *to) {
     const int bits = kind == INT8 ? 8 : 4, zero = kind == INT8 ? 128 : 8, unit = kind == INT8 ? 4 : 8;
+    const uint16_t *minimums = m->least ? m->minimums + panel * groups_of(m) * ROWS : NULL;
     i64 lines = lines_of_panel(m), groups = groups_of(m), of_group = m->group / unit;
     const uint8_t *at = m->lines + panel * lines * LINE;
     const uint16_t *scales = m->scales + panel * groups * ROWS;
     const __m512i in_turn = (__m512i)(__v32hi){0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    for (i64 g = 0; g < groups; g++, scales += ROWS) {
-        vf scale = scales_at(scales), less = scale * splat(-zero);
+    for (i64 g = 0; g < groups; g++) {
+        vf scale = scales_at(scales + g * ROWS), less = minimums ? scales_at(minimums + g * ROWS) : scale * splat(-zero);
         for (i64 line = 0; line < of_group; line++, at += LINE) {
             vi units = (vi)load((const float *)at);
             for (int j = 0; j < unit; j += 2, to += LINE) { /* products of 8 and 11 bits are exact */
@@ -387,7 +395,8 @@ static void product_in_tiles(const Matrix *m, const Input *in, i64 rows, i64 fir
         n = smaller(together, last - first);
         const uint8_t *at = as_they_lie ? m->lines + first * bytes : space;
         for (i64 p = 0; p < n && !as_they_lie; p++) (pairs ? expand : unpack_bytes)(m, first + p, space + p * bytes);
-        Stands s = {groups, m->kind == INT8 ? 128 : 8, m->scales + first * groups * ROWS, in->scale, in->sum};
+        Stands s = {groups, m->kind == INT8 ? 128 : m->least ? 0 : 8, m->scales + first * groups * ROWS,
+                    m->least ? m->minimums + first * groups * ROWS : NULL, in->scale, in->sum};
         float *to = y + first * ROWS;
         if (pairs && n == 2) pairs_in_tiles(2, lines, at, bytes, ahead, x, to, ld);
         else if (pairs) pairs_in_tiles(1, lines, at, bytes, ahead, x, to, ld);
@@ -408,7 +417,7 @@ static void product(const Matrix *m, const Input *in, i64 rows, i64 first, i64 l
 #endif
 #ifdef __AVX512BF16__
     for (i64 n; m->kind != in->kind && first < last; first += n) {
-        Matrix made = {0, padded_columns(m), BFLOAT16, 0, space, NULL};
+        Matrix made = {0, padded_columns(m), BFLOAT16, 0, 0, space, NULL, NULL};
         n = smaller(PANELS, last - first);
         for (i64 p = 0; p < n; p++) expand(m, first + p, space + p * lines_of_panel(&made) * LINE);
         if (n == PANELS) strips(PANELS, &made, in, rows, 0, y + first * ROWS, ld);

@@ -119,21 +119,24 @@ INLINE void group_in_tiles(int across, i64 tiles, const uint8_t *x, i64 width, c
 
 typedef struct { /* what integers stand for, from a row and a panel on */
     i64 groups, zero;
-    const uint16_t *scales; /* of the weights [panel][groups][16] */
-    const float *scale;     /* of x [rows][groups] */
-    const int32_t *sum;     /* of x [rows][groups] */
+    const uint16_t *scales, *minimums; /* of the weights [panel][groups][16] */
+    const float *scale;                /* of x [rows][groups] */
+    const int32_t *sum;                /* of x [rows][groups] */
 } Stands;
 
 /* y [rows][16 a panel] += what the sums of group g stand for */
 INLINE void add_group(int across, Stands s, i64 g, const int32_t *sums, i64 rows, float (*y)[2 * TILE]) {
     for (int n = 0; n < across; n++) {
-        vf of_rows = scales_at(s.scales + (n * s.groups + g) * ROWS);
+        i64 of_group = (n * s.groups + g) * ROWS;
+        vf of_rows = scales_at(s.scales + of_group), least = s.minimums ? scales_at(s.minimums + of_group) : splat(0);
         const int32_t *high = sums + n * TILE * TILE, *low = high + 2 * TILE * TILE;
         for (i64 r = 0; r < rows; r++) {
             vi digits = (vi)load((const float *)(high + r * TILE)) << 8;
             vi exact = digits + (vi)load((const float *)(low + r * TILE)) - (int32_t)s.zero * s.sum[r * s.groups + g];
             vf scale = of_rows * splat(s.scale[r * s.groups + g]);
-            store(y[r] + n * TILE, load(y[r] + n * TILE) + __builtin_convertvector(exact, vf) * scale);
+            vf sum = load(y[r] + n * TILE) + __builtin_convertvector(exact, vf) * scale;
+            if (s.minimums) sum += least * splat(s.sum[r * s.groups + g] * s.scale[r * s.groups + g]);
+            store(y[r] + n * TILE, sum);
         }
     }
 }
@@ -149,7 +152,7 @@ INLINE void digits_in_tiles(int across, i64 lines, const uint8_t *at, i64 bytes,
         for (i64 r = 0; r < in.rows; r += TILE) {
             const uint8_t *x = in.at + r / TILE * in.ld + first * 2 * tiles * in.width * LINE;
             i64 n = smaller(TILE, in.rows - r);
-            Stands of_tile = {s.groups, s.zero, s.scales, s.scale + r * s.groups, s.sum + r * s.groups};
+            Stands of_tile = {s.groups, s.zero, s.scales, s.minimums, s.scale + r * s.groups, s.sum + r * s.groups};
             for (i64 i = 0; i < n; i++)
                 if (first) memcpy(all[i], y + (r + i) * ld, across * LINE);
                 else memset(all[i], 0, across * LINE);

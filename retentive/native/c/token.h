@@ -30,18 +30,19 @@ static void activate(i64 kind, const float *x, const float *z, i64 n, float *y) 
 static void row_of_matrix(const Matrix *m, i64 id, float *to) {
     i64 lines = lines_of_panel(m), groups = groups_of(m);
     const uint8_t *at = m->lines + id / ROWS * lines * LINE + id % ROWS * 4;
-    const uint16_t *scales = m->scales + id / ROWS * groups * ROWS + id % ROWS;
+    i64 of_row = id / ROWS * groups * ROWS + id % ROWS;
     for (i64 k = 0; k < m->K; k++) {
         const uint8_t *unit = at + k / columns_of_unit(m->kind) * LINE;
         i64 j = k % columns_of_unit(m->kind);
-        float scale = 0;
+        float scale = 0, least = 0;
         uint16_t pair[2];
-        if (groups) read_row(2, scales + k / m->group * ROWS, 1, &scale, 1);
+        if (groups) read_row(2, m->scales + of_row + k / m->group * ROWS, 1, &scale, 1);
+        if (m->least) read_row(2, m->minimums + of_row + k / m->group * ROWS, 1, &least, 1);
         memcpy(pair, unit, 4);
         if (m->kind == FLOAT32) memcpy(to + k, unit, 4);
         else if (m->kind == BFLOAT16) to[k] = from_bf16(pair[j]);
         else if (m->kind == INT8) to[k] = (unit[j] - 128) * scale;
-        else to[k] = ((unit[j / 2] >> j % 2 * 4 & 15) - 8) * scale;
+        else to[k] = ((unit[j / 2] >> j % 2 * 4 & 15) - (m->least ? 0 : 8)) * scale + least;
     }
 }
 
