@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count, takewhile
 from pathlib import Path
+from typing import Any
 
 from retentive.checkpoint import ModelFolder
 from retentive.data.prepare import Progress
 from retentive.data.templates import ChatTemplate
-from retentive.files import write_text
+from retentive.files import write_json, write_text
 from retentive.infer.engine import Engine
 from retentive.infer.sample import SamplingParams
 from retentive.native import with_engine
@@ -32,6 +33,8 @@ def write_chats(
 ) -> int:
     """Writes conversations of one question and one answer, until they have `tokens` tokens; returns their number.
 
+    Stopped and called again, it goes on: after each round, all that is written so far is kept beside `file`.
+
     Args:
         file: .jsonl file to write, one conversation a line. It appears when all are written.
         progress: called with what is done, the tokens so far, and `tokens`.
@@ -42,8 +45,12 @@ def write_chats(
     tokenizer = teacher.tokenizer_for_text()
     template = teacher.template(tokenizer)
     engine = Engine(with_engine(teacher.model()), slots=TOGETHER)
-    begin, lines, done, seeds, empty = before_question(template), list[str](), 0, count(seed * 1_000_003), 0
-    while done < tokens:
+    begin, kept, empty = before_question(template), file.with_suffix(".partial.json"), 0
+    made: dict[str, Any] = {"rounds": 0, "tokens": 0, "lines": []}
+    if kept.is_file():
+        made = json.loads(kept.read_text(encoding="utf-8"))
+    while made["tokens"] < tokens:
+        seeds = count(seed * 1_000_003 + 2 * TOGETHER * made["rounds"])
         questions = [q for q in answers(engine, template, [begin] * TOGETHER, "user", seeds) if q]
         said = [[{"role": "user", "content": tokenizer.decode(q).strip()}] for q in questions]
         said = [messages for messages in said if messages[0]["content"]]
@@ -53,15 +60,18 @@ def write_chats(
         ):
             if answer:
                 messages.append({"role": "assistant", "content": tokenizer.decode(answer).strip()})
-                lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
-                done += len(prompt) + len(answer)
+                made["lines"].append(json.dumps({"messages": messages}, ensure_ascii=False))
+                made["tokens"] += len(prompt) + len(answer)
         empty = 0 if prompts else empty + 1
         if empty == TRIES:
             raise ValueError(f"{teacher.name} ends none of the questions that it writes: leave out `from_teacher`")
+        made["rounds"] += 1
+        write_json(kept, made)
         if progress:
-            progress("writing conversations", min(done, tokens), tokens)
-    write_text(file, "".join(line + "\n" for line in lines))
-    return len(lines)
+            progress("writing conversations", min(made["tokens"], tokens), tokens)
+    write_text(file, "".join(line + "\n" for line in made["lines"]))
+    kept.unlink()
+    return len(made["lines"])
 
 
 def before_question(template: ChatTemplate) -> list[int]:

@@ -45,6 +45,28 @@ def test_questions_and_answers_are_conversations(teacher, tmp_path):
     assert json.loads((tmp_path / "c.jsonl").read_text().splitlines()[0]).keys() == {"messages"}
 
 
+def test_stopped_and_called_again_it_writes_the_same(teacher, tmp_path):
+    class Stop(BaseException):
+        pass
+
+    def stop(*now):
+        raise Stop
+
+    number = write_chats(teacher, tmp_path / "whole.jsonl", 4000)
+    stops = 0
+    for _ in range(100):
+        try:
+            assert write_chats(teacher, tmp_path / "c.jsonl", 4000, progress=stop) == number
+        except Stop:
+            stops += 1
+            assert not (tmp_path / "c.jsonl").exists()
+        if (tmp_path / "c.jsonl").exists():
+            break
+    assert stops > 2
+    assert (tmp_path / "c.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*partial*"))
+
+
 def test_a_question_begins_where_the_template_expects_it():
     template = load_template({"chat_template": TURNS}, ByteTokenizer())
     begin = before_question(template)
