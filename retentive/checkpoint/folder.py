@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from retentive.checkpoint import fla, llama, torchscale
+from retentive.checkpoint import fla, hf, llama, torchscale
 from retentive.checkpoint.adapter import merged
 from retentive.checkpoint.find import REMOTE, find
 from retentive.checkpoint.gguf import BLOCK, Gguf
@@ -42,7 +42,7 @@ VERSION_1 = "retentive-model-1"
 """Format of config.json in version 0.1.0."""
 UNTRAINED = ".untrained"
 """File in a run's folder whose weights are still the initial ones."""
-FOREIGN = {"torchscale": torchscale, "fla": fla, "llama": llama}
+FOREIGN = {"torchscale": torchscale, "fla": fla, "llama": llama, "hf": hf}
 """Layouts of other projects."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Dtypes of weights, by torch's names."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.filesize import decimal
 
+from retentive.checkpoint import ModelFolder
 from retentive.cli.loading import Limits
 from retentive.cli.parsing import parse
 from retentive.cli.progress import say
@@ -20,9 +21,9 @@ class ExportCommand(Limits):
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run directory, model folder, .gguf file, the shipped model novels, hf:owner/name on the hub, or pypi:NAME."""
-    to: Literal["onnx", "native", "browser"]
+    to: Literal["onnx", "native", "browser", "hf"]
     """onnx: one graph, for onnxruntime. native: sources in C, for phones and any other machine with a C compiler.
-    browser: a page that any file server serves."""
+    browser: a page that any file server serves. hf: a folder for transformers, PEFT, TRL and the hub."""
     out: Path
     """Folder to make."""
     weights: Literal["stored", "int8", "int4"] = "stored"
@@ -49,8 +50,23 @@ def run(command: ExportCommand) -> None:
     """Write it, and say how large it is and how close to the model."""
     how = {"weights": command.weights, "standard": command.standard, "tokenizer": command.tokenizer}
     source = command.limited(command.source)
+    if command.to == "hf":
+        write_hf(command, source)
+        return
     file, nbytes, off = export(source, command.to, command.out, **how)  # type: ignore[arg-type]
     checked = off is not None
     close = f"differ from torch's by {off:.1e} (relative)" if checked else "were not checked: no C compiler works here"
     say(f"{file}: {decimal(nbytes)}; the next token's logits {close}")
     say(f"next: {NEXT[command.to].format(file=shlex.quote(str(file)), out=shlex.quote(str(command.out)))}")
+
+
+def write_hf(command: ExportCommand, source: ModelFolder) -> None:
+    """Write it for transformers."""
+    if command.weights != "stored" or command.standard:
+        raise ValueError("--weights and --standard are for other runtimes: transformers' classes have floats only")
+    from retentive.hf import to_hf
+
+    off = to_hf(source, command.out, tokenizer=command.tokenizer)
+    out = shlex.quote(str(command.out))
+    say(f"{command.out}: transformers' logits differ by {off:.1e} (relative)")
+    say(f"next: AutoModelForCausalLM.from_pretrained({out!r}, trust_remote_code=True)")

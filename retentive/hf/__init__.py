@@ -1,0 +1,36 @@
+"""This package's models in the transformers library (extra `hf`).
+
+    import retentive.hf                                         registers the model type "retentive"
+    AutoModelForCausalLM.from_pretrained("folder")              a folder of `retentive export RUN --to hf`
+    to_hf("runs/mine", Path("folder"))                          writes one (`folder`)
+
+`modeling_retentive.py` is copied into each folder, which so loads where this package is not installed.
+"""
+
+try:
+    import transformers
+except ImportError:
+    raise ImportError("transformers is missing: pip install 'retentive[hf]'") from None
+
+from retentive.hf.folder import to_hf
+from retentive.hf.modeling_retentive import (
+    RetentiveCache,
+    RetentiveConfig,
+    RetentiveForCausalLM,
+    RetentiveForSequenceClassification,
+    RetentiveModel,
+)
+
+__all__ = [
+    "RetentiveCache",
+    "RetentiveConfig",
+    "RetentiveForCausalLM",
+    "RetentiveForSequenceClassification",
+    "RetentiveModel",
+    "to_hf",
+]
+
+transformers.AutoConfig.register("retentive", RetentiveConfig)
+transformers.AutoModel.register(RetentiveConfig, RetentiveModel)
+transformers.AutoModelForCausalLM.register(RetentiveConfig, RetentiveForCausalLM)
+transformers.AutoModelForSequenceClassification.register(RetentiveConfig, RetentiveForSequenceClassification)
