@@ -66,6 +66,11 @@ def test_python(page, place, monkeypatch):
             continue
         if "infer.structured" in code:
             pytest.importorskip("llguidance", reason="needs the extra `structured`")
+        if "AutoModel" in code:
+            pytest.importorskip("transformers", reason="needs the extra `hf`")
+            cli.main(["export", "runs/mine", "--to", "hf", "--out", "mine-hf"])
+        if "peft" in code:
+            pytest.importorskip("peft", reason="needs pip install peft")
         if "onnx_run" in code:
             pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
             cli.main(["export", "runs/mine", "--to", "onnx", "--out", "novels-onnx"])

@@ -25,6 +25,12 @@ from retentive.models import LanguageModel, cost
 from retentive.tables import counted, millions
 
 MODELING = Path(__file__).with_name("modeling_retentive.py")
+CARD = Path(__file__).with_name("card.md")
+"""Model card with gaps in braces."""
+UNKNOWN = (
+    "## Data, numbers, limits, licence\n\nNot recorded in the model's folder: write them here before you publish it.\n"
+)
+"""What the card says of a model without one."""
 AUTO = {
     "AutoConfig": "RetentiveConfig",
     "AutoModel": "RetentiveModel",
@@ -208,40 +214,7 @@ def card(folder: ModelFolder, model: LanguageModel) -> str:
     grows = "of constant size" if c.constant_state else "that grows with the text"
     told = own.read_text(encoding="utf-8") if own.is_file() and not folder.gguf else UNKNOWN
     targets = ", ".join(f'"{name}"' for name in TARGETS)
-    return CARD.format(
+    return CARD.read_text(encoding="utf-8").format(
         name=folder.short_name, kind=c.name, parameters=millions(cost.parameters(c)), blocks=counted(c.layers, "block"),
         state=grows, targets=targets, own=told,
     )  # fmt: skip
-
-
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [retnet, retentive]
----
-
-# {name}
-
-A {kind} of {parameters} parameters and {blocks}, with a state {state}.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
-ids = tokenizer("The old house", return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))
-```
-
-`trust_remote_code` runs `modeling_retentive.py` of this folder, which needs torch and transformers only. Where the
-package `retentive` is installed, `import retentive.hf` registers the same classes, and no code of the folder runs.
-
-PEFT: `LoraConfig(target_modules=[{targets}])`.
-Padding may stand on either side. Packed rows (`position_ids` that begin anew) keep texts apart.
-
-{own}
-"""
-UNKNOWN = """## Data, numbers, limits, licence
-
-Not recorded in the model's folder: write them here before you publish it.
-"""

@@ -711,7 +711,7 @@ def texts_of(position_ids: Tensor | None, kwargs: dict[str, Any], B: int, T: int
         return (torch.searchsorted(borders.contiguous(), at, right=True) - 1)[None]
     if position_ids is None or position_ids.shape != (B, T) or T == 1:
         return None
-    begins = F.pad(position_ids[:, 1:] < position_ids[:, :-1], (1, 0))
+    begins = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
     return begins.cumsum(1) if begins.any() else None
 
 

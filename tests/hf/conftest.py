@@ -1,0 +1,58 @@
+"""Models of transformers beside ours."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub would wait for it
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5.16", reason="needs pip install 'retentive[hf]'")
+
+from retentive.checkpoint import hf, save_model
+from retentive.data.tokenizer import ByteTokenizer
+from retentive.hf import RetentiveConfig, RetentiveForCausalLM, modeling_retentive, to_hf
+from retentive.models import LanguageModel
+
+
+@pytest.fixture(params=["operator", "file"])
+def computed(request, monkeypatch):
+    """Retention by the package's operator, or by the file alone, as where the package is not installed."""
+    if request.param == "file":
+        monkeypatch.setattr(modeling_retentive, "operator", None)
+    return request.param
+
+
+@pytest.fixture
+def as_theirs():
+    """`as_theirs(model)`: the same model as transformers' class."""
+
+    def make(model: LanguageModel) -> RetentiveForCausalLM:
+        theirs = RetentiveForCausalLM(RetentiveConfig(**hf.write_config(model.config))).eval()
+        tensors = hf.write_tensors(dict(model.named_parameters()), model.config)
+        missing, unexpected = theirs.load_state_dict(tensors, strict=False)
+        assert not unexpected and set(missing) <= {"lm_head.weight"}
+        theirs.tie_weights()
+        return theirs
+
+    return make
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """`exported(model)`: its folder for transformers."""
+
+    def make(model: LanguageModel, template: str | None = None, tokenizer=None):
+        save_model(tmp_path / "model", model, tokenizer or ByteTokenizer(), template=template)
+        to_hf(tmp_path / "model", tmp_path / "theirs")
+        return tmp_path / "theirs"
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
