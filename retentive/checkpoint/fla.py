@@ -1,7 +1,9 @@
 """Layout of flash-linear-attention's RetNetForCausalLM (fla-hub/retnet-*): config fields, tensor names old and new."""
 
 import math
+from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Any
 
 from torch import Tensor
 
@@ -101,7 +103,7 @@ def write_config(config: ModelConfig) -> dict:
     }
 
 
-def read_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def read_tensors(tensors: dict[str, Tensor], config: ModelConfig, raw: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns the tensors by our names. Files before 2025-02-09 hold gate and up in one matrix [2 F, D], gate first."""
     out, width = {}, config.blocks[0].ffn.width
     for name, x in tensors.items():

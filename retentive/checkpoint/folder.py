@@ -5,7 +5,8 @@
     folder = folder.windowed(256, sinks=4)              a value with another config: its model has constant memory
     model = folder.model(dtype="bfloat16", adapter="runs/change")
 
-Layouts: our own, torchscale's, fla's and Llama's. Weights are read from safetensors and GGUF files only.
+Layouts: our own (for transformers too), torchscale's, fla's, Llama's, HypeNet's and MiniCPM-SALA's. Weights are read
+from safetensors and GGUF files only.
 """
 
 import json
@@ -19,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from retentive.checkpoint import fla, hf, llama, torchscale
+from retentive.checkpoint import fla, hf, lightning, llama, torchscale
 from retentive.checkpoint.adapter import merged
 from retentive.checkpoint.find import REMOTE, find
 from retentive.checkpoint.gguf import BLOCK, Gguf
@@ -42,7 +43,7 @@ VERSION_1 = "retentive-model-1"
 """Format of config.json in version 0.1.0."""
 UNTRAINED = ".untrained"
 """File in a run's folder whose weights are still the initial ones."""
-FOREIGN = {"torchscale": torchscale, "fla": fla, "llama": llama, "hf": hf}
+FOREIGN = {"torchscale": torchscale, "fla": fla, "llama": llama, "lightning": lightning, "hf": hf}
 """Layouts of other projects."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Dtypes of weights, by torch's names."""
@@ -58,7 +59,7 @@ class ModelFolder:
     name: str
     """Path, name or hub address that it was opened by."""
     layout: str
-    """Layout of its files: "retentive", "torchscale", "fla" or "llama"."""
+    """Layout of its files: "retentive" or one of FOREIGN."""
     config: Config
     """Config of the model; for an adapter that of the model it changes."""
     encoders: Mapping[str, EncoderConfig] = field(default_factory=dict)
@@ -67,6 +68,8 @@ class ModelFolder:
     """Adapter that the folder holds instead of a whole model; None for a whole model."""
     quantization: Quantization | None = None
     """Quantisation of the matrices; None if they are floats."""
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Content of config.json, for layouts whose weights depend on it."""
     gguf: Gguf | None = None
     """GGUF file that holds everything, in place of the folder's files; None for a folder."""
     limits: tuple[int | Sequence[int] | None, int | None] = (None, None)
@@ -95,7 +98,7 @@ class ModelFolder:
         config, layout = _config_of(raw, folder / "config.json")
         return ModelFolder(
             folder, str(path), layout, config, _encoders_of(raw, folder), _adapter_of(raw, folder),
-            _quantization_of(raw, folder),
+            _quantization_of(raw, folder), raw,
         )  # fmt: skip
 
     @property
@@ -226,7 +229,7 @@ class ModelFolder:
         tensors, how = self.tensors(dtype), self.quantization
         if self.layout in FOREIGN:
             own: Any = self.config  # other layouts hold models of ours only
-            tensors = FOREIGN[self.layout].read_tensors(tensors, own)
+            tensors = FOREIGN[self.layout].read_tensors(tensors, own, self.raw)
         if adapter is not None:
             tensors = merged(tensors, adapter.tensors(), self._accepted(adapter))
         # A peer also has buffers, which no file holds, so it must be real.
@@ -320,7 +323,8 @@ def _config_of(raw: dict[str, Any], file: Path) -> tuple[Config, str]:
         raise ValueError(f"{file}: {error}") from None
     found = raw.get("model_type") or raw.get("architectures") or raw.get("format") or "nothing known"
     raise ValueError(
-        f"{file} describes {found!r}; expected a RetNet (retentive, torchscale, fla) or Llama, Mistral, Qwen2, Qwen3"
+        f"{file} describes {found!r}; expected a RetNet (retentive, torchscale, fla), HypeNet, "
+        "MiniCPM-SALA, Llama, Mistral, Qwen2 or Qwen3"
     )
 
 

@@ -3,6 +3,7 @@
 `retentive/hf/modeling_retentive.py` holds the classes.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -33,7 +34,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return {"model_type": TYPE, **{RENAMED.get(name, name): value for name, value in config.written().items()}}
 
 
-def read_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def read_tensors(tensors: dict[str, Tensor], config: ModelConfig, raw: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns the tensors by our names."""
     names = {name: "head.weight" if name == "lm_head.weight" else name.removeprefix("model.") for name in tensors}
     tied = config.tie_embeddings  # then a file may hold both, which are equal

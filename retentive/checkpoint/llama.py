@@ -1,5 +1,6 @@
 """Layout of Transformers like Llama: Llama, SmolLM, Mistral, Qwen2, Qwen3, as the transformers library saves them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -163,7 +164,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def read_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def read_tensors(tensors: dict[str, Tensor], config: ModelConfig, raw: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns the tensors by our names; raises ValueError for a bias of an output projection that is not zero."""
     skipped = {"lm_head.weight"} if config.tie_embeddings else set()  # a copy of the embedding, if stored at all
     for name in [name for name in tensors if name.endswith(OUT_BIAS)]:

@@ -4,7 +4,9 @@ Our models compute what its recurrent mode does. Its parallel mode also divides 
 which has no recurrent form. Where that is active, its own two modes differ (by 2e-3 in the logits we have seen).
 """
 
+from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +93,7 @@ def write_config(config: ModelConfig) -> dict:
     }
 
 
-def read_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def read_tensors(tensors: dict[str, Tensor], config: ModelConfig, raw: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns the tensors by our names, without its buffers of angles and decays: ours are computed in float64."""
     tensors = {name: x for name, x in tensors.items() if name not in BUFFERS}
     if config.tie_embeddings:

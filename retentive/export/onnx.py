@@ -72,6 +72,8 @@ def export_onnx(model: LanguageModel, path: Path, *, eos: int, standard: bool = 
 def check_exportable(model: LanguageModel) -> None:
     """Raises ValueError for a model that has no ONNX graph."""
     check_model(model)
+    if field := model.config.torch_alone:
+        raise ValueError(f"a model with {field} has no ONNX graph: transformers runs it (`to='hf'`)")
     if any(model.config.sinks):
         raise ValueError("a model with attention sinks has no ONNX graph: export it to native or browser")
     for module in model.modules():

@@ -419,7 +419,9 @@ class RetentiveRetention(nn.Module):
         self.k_norm = RetentiveRMSNorm(self.K, eps) if c["qk_norm"] else None
         self.q_bias = nn.Parameter(torch.ones(c["key_dim"])) if c["qk_bias"] else None
         self.k_bias = nn.Parameter(torch.ones(self.K * self.kv_heads)) if c["qk_bias"] else None
-        self.head_norm = RetentiveRMSNorm(self.V, eps, c["head_norm_affine"]) if c["head_norm"] else None
+        self.joint = c.get("head_norm_joint", False)
+        normed = c["value_dim"] if self.joint else self.V
+        self.head_norm = RetentiveRMSNorm(normed, eps, c["head_norm_affine"]) if c["head_norm"] else None
         self.out_proj = nn.Linear(c["value_dim"], dim, bias=False)
 
     def forward(self, x: Tensor, sight: Sight, memory: RetentionMemory | None) -> Tensor:
@@ -438,7 +440,9 @@ class RetentiveRetention(nn.Module):
         o, state = retain(q, k, v, log_decay, None if memory is None else memory.state, sight.text)
         if memory is not None:
             memory.filled(k, v, log_decay, state)
-        o = (o if self.head_norm is None else self.head_norm(o)).flatten(-2)
+        o = o.flatten(-2) if self.joint else o
+        o = o if self.head_norm is None else self.head_norm(o)
+        o = o if self.joint else o.flatten(-2)
         if self.g_proj is not None:
             o = ACTIVATIONS[self.c["gate_activation"]](self.g_proj(x)) * o
         return self.out_proj(o.to(x.dtype))
@@ -485,12 +489,16 @@ class RetentiveAttention(nn.Module):
         self.v_proj = nn.Linear(dim, self.K * self.kv_heads, bias=biased)
         self.q_norm = RetentiveRMSNorm(self.K, eps) if c["qk_norm"] else None
         self.k_norm = RetentiveRMSNorm(self.K, eps) if c["qk_norm"] else None
+        self.g_proj = nn.Linear(dim, self.K * self.H, bias=False) if c.get("output_gate") else None
         self.forget_proj = nn.Linear(dim, self.H) if c["forget_gate"] else None
         self.out_proj = nn.Linear(self.K * self.H, dim, bias=False)
 
     def forward(self, x: Tensor, sight: Sight, memory: AttentionMemory | None) -> Tensor:
         y, position = feature(self.q_proj(x), self.K, self.q_norm, None), sight.position
-        q = rotate(y, position, self.c)
+        scale: Tensor | float = 1.0
+        if a := self.c.get("position_scale", 0.0):
+            scale = ((position + a).float().log() / math.log(a))[..., None, None]
+        q = rotate(y, position, self.c, scale)
         k = rotate(feature(self.k_proj(x), self.K, self.k_norm, None), position, self.c)
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.K))
         new = [position if sight.valid is None else position.masked_fill(~sight.valid, -1), k, v]
@@ -501,13 +509,13 @@ class RetentiveAttention(nn.Module):
         if memory is None or not memory.tensors:
             at, k, v, *gates = new if memory is None else memory.added(*new)
             if plain:
-                return self.out(attend(q, k, v, causal=True))
+                return self.out(x, attend(q, k, v, causal=True))
         else:
             at, k, v, *gates = memory.added(*new)
             if plain and x.shape[1] == 1 and (at >= 0).all():
-                return self.out(attend(q, k, v))
+                return self.out(x, attend(q, k, v))
         if self.c.get("moving_sinks"):  # their distance grows no further than in a text of as many tokens as are kept
-            far = rotate(y, position.clamp(max=self.window + self.sinks - 1), self.c)
+            far = rotate(y, position.clamp(max=self.window + self.sinks - 1), self.c, scale)
             sink = ((at >= 0) & (at < self.sinks))[..., None, None]
             q, k = torch.cat((q, far), -1), torch.cat((k.masked_fill(sink, 0), k.masked_fill(~sink, 0)), -1)
         seen = self.seen(at, sight, x.shape[1])
@@ -516,7 +524,7 @@ class RetentiveAttention(nn.Module):
             mask, (q, k, v) = fade.masked_fill(~seen, -torch.inf), (z.float() for z in (q, k, v))
         else:
             mask = seen
-        return self.out(attend(q, k, v, mask, scale=self.K**-0.5).to(x.dtype))
+        return self.out(x, attend(q, k, v, mask, scale=self.K**-0.5).to(x.dtype))
 
     def seen(self, at: Tensor, sight: Sight, T: int) -> Tensor:
         """Returns `[B,1,T,S]`: whether a token sees a key, by their positions."""
@@ -529,8 +537,9 @@ class RetentiveAttention(nn.Module):
         own = torch.arange(at.shape[1], device=at.device) - (at.shape[1] - T)
         return (seen | (own == torch.arange(T, device=at.device)[:, None]))[:, None]  # padding sees itself: no NaN
 
-    def out(self, o: Tensor) -> Tensor:
-        return self.out_proj(o.flatten(-2))
+    def out(self, x: Tensor, o: Tensor) -> Tensor:
+        o = o.flatten(-2)
+        return self.out_proj(o if self.g_proj is None else torch.sigmoid(self.g_proj(x)) * o)
 
 
 def attend(

@@ -11,6 +11,7 @@ as at position min(i, sinks + W - 1), so that their distance stops growing. With
 Sums are taken backwards from the last token, so near keys have small ones, which is exact at any length.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ class Phases(NamedTuple):
     cos: Tensor  # [T, K/2] or [B, T, K/2]
     sin: Tensor
     starts: list[int]  # [N], position of each sequence's first token; Python integers, to slice the cache's slots
-    q_scale: Tensor | None  # [1, H]; None: SDPA scales the scores
+    q_scale: Tensor | None  # [T or 1, H] or [B, T, H], before SDPA's own scale; None: 1
     far: tuple[Tensor, Tensor] | None  # cos and sin of queries for moving sinks; None: the same as of all others
 
 
@@ -60,6 +61,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.dim, self.K * c.kv_heads, bias=c.qkv_bias)
         self.q_norm = RMSNorm(self.K, eps=c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(self.K, eps=c.norm_eps) if c.qk_norm else None
+        self.g_proj = nn.Linear(c.dim, self.K * c.heads, bias=False) if c.output_gate else None
         self.forget_proj = nn.Linear(c.dim, c.heads) if c.forget_gate else None
         self.out_proj = nn.Linear(self.K * c.heads, c.dim, bias=False)
         self.context: Any = None  # with context parallelism what exchanges with other ranks (`train.parallel.context`)
@@ -74,6 +76,10 @@ class Attention(nn.Module):
         )
         # The gates' sums enter SDPA's products unscaled, so q is scaled here, before it is rounded to its dtype.
         q_scale = cos.new_full((1, self.H), self.K**-0.5) if c.forget_gate else None
+        if c.position_scale:
+            longer = (positions.of_token.to(wide) + c.position_scale).log() / math.log(c.position_scale)
+            q_scale = longer[..., None] * (1.0 if q_scale is None else q_scale)
+            q_scale = q_scale.expand(*longer.shape, self.H)
         far = None
         if c.moving_sinks and int(positions.of_token.max()) >= self.slots:
             last = positions.of_token.clamp(max=self.slots - 1)  # its distance to the sinks is the largest
@@ -87,7 +93,8 @@ class Attention(nn.Module):
         q_BTHK = self._feature(y, self.q_norm, phases, phases.q_scale)
         if phases.far is not None:  # a second query beside the first, for the sinks: see `_attend`
             cos, sin = phases.far
-            q_BTHK = torch.cat((q_BTHK, self._feature(y, self.q_norm, phases._replace(cos=cos, sin=sin))), -1)
+            far = self._feature(y, self.q_norm, phases._replace(cos=cos, sin=sin), phases.q_scale)
+            q_BTHK = torch.cat((q_BTHK, far), -1)
         k_BTHK = self._feature(self.k_proj(x), self.k_norm, phases)
         v_BTHK = self.v_proj(x).unflatten(-1, (self.kv_heads, self.K))
         new: Layer = (k_BTHK, v_BTHK)
@@ -106,7 +113,10 @@ class Attention(nn.Module):
             o, cache = self._whole(q_BTHK, new), self._last(new)
         else:
             o, cache = self._cached(q_BTHK, new, cache, positions, phases.starts)
-        return self.out_proj(o.flatten(-2)), cache
+        o = o.flatten(-2)
+        if self.g_proj is not None:
+            o = torch.sigmoid(self.g_proj(x)) * o
+        return self.out_proj(o), cache
 
     def _feature(self, y: Tensor, norm: RMSNorm | None, phases: Phases, scale: Tensor | None = None) -> Tensor:
         """Returns q or k `[B,T,heads,K]` from its projection: normalised if configured, rotated, scaled."""
@@ -383,7 +393,7 @@ class Attention(nn.Module):
         Forgetting Transformer spreads its constant gates over the heads in this way). A bias of 0 would forget half at
         every token.
         """
-        for proj in (self.q_proj, self.k_proj, self.v_proj, self.forget_proj):
+        for proj in (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.forget_proj):
             if proj is not None:
                 nn.init.xavier_uniform_(proj.weight, gain=2**-2.5)
                 if proj.bias is not None:

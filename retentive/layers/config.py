@@ -71,6 +71,8 @@ class RetentionConfig:
     """RMSNorm over each head's output (the paper's group norm)."""
     head_norm_affine: bool = False
     """Gain in the head norm, shared by the heads (fla)."""
+    head_norm_joint: bool = False
+    """Head norm over all heads together, with a gain of its own for each of their features (lightning attention)."""
     gate: bool = True
     """Gate on the head outputs."""
     gate_activation: str = "swish"
@@ -94,6 +96,8 @@ class RetentionConfig:
             raise ValueError(f"the key head dim must be even for the rotation, got {self.key_dim} / {self.heads} heads")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}: change either")
+        if self.head_norm_joint and not self.head_norm:
+            raise ValueError("head_norm_joint is of a head norm: set head_norm=True with it")
         check_rotation(self)
         one_of("gate_activation", self.gate_activation, GATES)
         check_norm_eps(self.norm_eps)
@@ -165,6 +169,11 @@ class AttentionConfig:
     """Number of tokens that a token attends to, itself included, in a cache of constant size; None (null): all."""
     sinks: int = 0
     """Attention sinks: the first tokens of a text, seen by every token beside its window (arXiv 2309.17453)."""
+    output_gate: bool = False
+    """Sigmoid gate on the head outputs, computed from each token."""
+    position_scale: float = 0.0
+    """Multiply the scores of the token at position p by log(p + a) / log(a), for texts longer than those of the
+    training. a is 362 in HypeNet; 0: scores stay as they are."""
     moving_sinks: bool = False
     """Let the sinks stand right before the window in a longer text, as the same paper does: their distance, in the
     rotation, then stays one that a model trained on shorter texts knows."""
@@ -198,6 +207,8 @@ class AttentionConfig:
             raise ValueError(
                 f"sinks {self.sinks} without a window, where all tokens are seen: set window, or sinks to 0"
             )
+        if self.position_scale and not 1 < self.position_scale < math.inf:
+            raise ValueError(f"position_scale must be above 1, or 0 for none, got {self.position_scale}")
         if self.moving_sinks and not self.sinks:
             raise ValueError("moving_sinks without sinks: set sinks, or moving_sinks to False")
         if self.sinks and self.forget_gate:

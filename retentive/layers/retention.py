@@ -55,7 +55,8 @@ class MultiScaleRetention(nn.Module):
         # ones, so that a new head also reads what its decay alone weighs, independent of the tokens
         self.q_bias = nn.Parameter(torch.ones(c.key_dim)) if c.qk_bias else None
         self.k_bias = nn.Parameter(torch.ones(self.K * c.kv_heads)) if c.qk_bias else None
-        self.head_norm = RMSNorm(self.V, eps=c.norm_eps, affine=c.head_norm_affine) if c.head_norm else None
+        normed = c.value_dim if c.head_norm_joint else self.V
+        self.head_norm = RMSNorm(normed, eps=c.norm_eps, affine=c.head_norm_affine) if c.head_norm else None
         self.out_proj = nn.Linear(c.value_dim, c.dim, bias=False)
         self.context: Any = None  # with context parallelism what exchanges with other ranks (`train.parallel.context`)
 
@@ -111,9 +112,11 @@ class MultiScaleRetention(nn.Module):
 
     def out(self, x: Tensor, o: Tensor) -> Tensor:
         """Returns `[…,D]` from the heads' outputs `[…,H,V]`: normalised, gated by x, and projected."""
-        if self.head_norm is not None:
+        if self.head_norm is not None and not self.config.head_norm_joint:
             o = self.head_norm(o)
         o = o.flatten(-2)
+        if self.head_norm is not None and self.config.head_norm_joint:
+            o = self.head_norm(o)
         if self.g_proj is not None:
             o = GATES[self.config.gate_activation](self.g_proj(x)) * o
         return self.out_proj(o)

@@ -31,6 +31,8 @@ ATTENTION = {
     "qk_norm": ("qk_norm", bool),
     "qkv_bias": ("qkv_bias", bool),
     "forget_gate": ("forget_gate", bool),
+    "output_gate": ("output_gate", bool),
+    "position_scale": ("position_scale", float),
     "attention_window": ("window", int | None),
     "attention_sinks": ("sinks", int),
 }

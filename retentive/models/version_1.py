@@ -9,10 +9,10 @@ from dataclasses import asdict
 from typing import Any
 
 from retentive.layers.config import AttentionConfig, FeedForwardConfig, RetentionConfig
-from retentive.models.config import BlockConfig, ModelConfig, check_layers
+from retentive.models.config import LATER, BlockConfig, ModelConfig, check_layers
 from retentive.models.presets import ARCHITECTURES, FEED_FORWARD, HYBRID, RETENTION, SHARED, hybrid, retnet
 
-NEW = ("rotary_base", "head_dim", "sinks", "qkv_bias", "rotary_scaling", "moving_sinks")
+NEW = ("rotary_base", "head_dim", "sinks", *LATER)
 """Fields of mixers that version did not have."""
 TRANSFORMER = ("kv_heads", "rotary", "qk_norm", "forget_gate", "attention_window", "ffn_dim")
 """Fields of its Transformer beside those that all models share."""

@@ -75,6 +75,17 @@ def test_logits_in_float64(name, form, fixture):
     f.close(logits, f.expected["logits_recurrent_f64_exact" if name == "torchscale-clamp-active" else key], f.valid)
 
 
+@fixtures
+@torch.no_grad()
+def test_logits_through_transformers(name, fixture):
+    pytest.importorskip("transformers", minversion="5.16", reason="needs pip install 'retentive[hf]'")
+    from tests.hf.conftest import theirs_of
+
+    f = fixture(name)
+    logits = theirs_of(f.model)(f.ids, attention_mask=f.expected.get("attention_mask")).logits
+    f.close(logits, f.expected["logits_recurrent" if name == "torchscale-clamp-active" else "logits"], f.valid)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("name", ["torchscale-chunkwise-eps0", "torchscale-clamp-inactive", "torchscale-recurrent"])
 @torch.no_grad()

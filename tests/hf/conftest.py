@@ -23,19 +23,19 @@ def computed(request, monkeypatch):
     return request.param
 
 
+def theirs_of(model: LanguageModel) -> RetentiveForCausalLM:
+    """The same model as transformers' class."""
+    theirs = RetentiveForCausalLM(RetentiveConfig(**hf.write_config(model.config))).eval()
+    tensors = hf.write_tensors(dict(model.named_parameters()), model.config)
+    missing, unexpected = theirs.load_state_dict(tensors, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    theirs.tie_weights()
+    return theirs
+
+
 @pytest.fixture
 def as_theirs():
-    """`as_theirs(model)`: the same model as transformers' class."""
-
-    def make(model: LanguageModel) -> RetentiveForCausalLM:
-        theirs = RetentiveForCausalLM(RetentiveConfig(**hf.write_config(model.config))).eval()
-        tensors = hf.write_tensors(dict(model.named_parameters()), model.config)
-        missing, unexpected = theirs.load_state_dict(tensors, strict=False)
-        assert not unexpected and set(missing) <= {"lm_head.weight"}
-        theirs.tie_weights()
-        return theirs
-
-    return make
+    return theirs_of
 
 
 @pytest.fixture

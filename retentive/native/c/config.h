@@ -182,6 +182,10 @@ static Layer layer_as(Folder *f, const Json *mixer, i64 kind, int flat, int hybr
     layer.kv = hybrid && kind == ATTENTION ? layer.H : whole_number_of(f, mixer, "kv_heads");
     expect(f, layer.H > 0 && layer.kv > 0 && layer.H % layer.kv == 0);
     if (f->bad) return layer;
+    static const char *const others[] = {"head_norm_joint", "output_gate", "position_scale", NULL};
+    for (int i = 0; others[i] && !f->bad; i++)
+        if (number_or(f, mixer, others[i], 0)) f->bad = 1, fail(f->error, "%s is not run in C", others[i]);
+    if (f->bad) return layer;
     if (kind == RETENTION) retention_of(f, mixer, &layer);
     else attention_of(f, mixer, flat ? "attention_window" : "window", hybrid ? "attention_rotary" : "rotary", &layer);
     expect(f, layer.K >= 2 && layer.K % 2 == 0 && layer.V > 0);

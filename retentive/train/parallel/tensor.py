@@ -44,6 +44,8 @@ def tensor_parallel(model: LanguageModel, axis: Axis) -> LanguageModel:
         for name, count in counts.items():
             if count % axis.size:
                 raise ValueError(f"{name} {count} is not divisible by `tp={axis.size}`: change either (`set`)")
+        if isinstance(layer, MultiScaleRetention) and layer.config.head_norm_joint:
+            raise ValueError("head_norm_joint normalises over all heads, which `tp` divides: use other axes")
     for name, p in list(model.named_parameters()):
         dim = split_dim(name)
         if dim is not None:
