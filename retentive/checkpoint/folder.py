@@ -5,8 +5,8 @@
     folder = folder.windowed(256, sinks=4)              a value with another config: its model has constant memory
     model = folder.model(dtype="bfloat16", adapter="runs/change")
 
-Layouts: our own (for transformers too), torchscale's, fla's, Llama's, HypeNet's and MiniCPM-SALA's. Weights are read
-from safetensors and GGUF files only.
+Layouts: our own (for transformers too), torchscale's, syncdoth's, fla's, Llama's, HypeNet's and MiniCPM-SALA's. Weights
+are read from safetensors and GGUF files only.
 """
 
 import json
@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from retentive.checkpoint import fla, hf, lightning, llama, torchscale
+from retentive.checkpoint import fla, hf, lightning, llama, syncdoth, torchscale
 from retentive.checkpoint.adapter import merged
 from retentive.checkpoint.find import REMOTE, find
 from retentive.checkpoint.gguf import BLOCK, Gguf
@@ -43,7 +43,14 @@ VERSION_1 = "retentive-model-1"
 """Format of config.json in version 0.1.0."""
 UNTRAINED = ".untrained"
 """File in a run's folder whose weights are still the initial ones."""
-FOREIGN = {"torchscale": torchscale, "fla": fla, "llama": llama, "lightning": lightning, "hf": hf}
+FOREIGN = {
+    "syncdoth": syncdoth,  # before torchscale, whose fields it has
+    "torchscale": torchscale,
+    "fla": fla,
+    "llama": llama,
+    "lightning": lightning,
+    "hf": hf,
+}
 """Layouts of other projects."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Dtypes of weights, by torch's names."""
@@ -323,8 +330,8 @@ def _config_of(raw: dict[str, Any], file: Path) -> tuple[Config, str]:
         raise ValueError(f"{file}: {error}") from None
     found = raw.get("model_type") or raw.get("architectures") or raw.get("format") or "nothing known"
     raise ValueError(
-        f"{file} describes {found!r}; expected a RetNet (retentive, torchscale, fla), HypeNet, "
-        "MiniCPM-SALA, Llama, Mistral, Qwen2 or Qwen3"
+        f"{file} describes {found!r}; expected a RetNet (retentive, torchscale, syncdoth, fla), "
+        "HypeNet, MiniCPM-SALA, Llama, Mistral, Qwen2 or Qwen3"
     )
 
 

@@ -30,7 +30,7 @@ def save_model(
 
     Args:
         template: source of the model's chat template, if it has one.
-        layout: "retentive", "torchscale", "fla" or "llama".
+        layout: "retentive", "torchscale", "syncdoth", "fla" or "llama".
 
     Raises:
         ValueError: the other project cannot express the architecture (the message names all fields that differ).

@@ -14,13 +14,13 @@ from retentive.files import replace_folder
 
 @dataclass(frozen=True)
 class ConvertCommand(Limits):
-    """Read a model in any known layout (ours, torchscale's, fla's, Llama's, GGUF; detected) and write it in another."""
+    """Read a model in any known layout (detected) and write it in another."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run directory, model folder, .gguf file, the shipped model novels, hf:owner/name on the hub, or pypi:NAME."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder to make."""
-    to: Literal["retentive", "torchscale", "fla", "llama"] = "retentive"
+    to: Literal["retentive", "torchscale", "syncdoth", "fla", "llama"] = "retentive"
     """Layout of the new folder. Its architecture must be able to represent the model."""
     merge: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
     """LoRA adapter of the model (a run with --lora) to merge into the new one."""

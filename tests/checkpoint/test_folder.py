@@ -40,6 +40,8 @@ FOREIGN = {
     "torchscale": ("torchscale", TORCHSCALE),
     "torchscale-tied": ("torchscale", changed(TORCHSCALE, tie_embeddings=True, embed_norm=False)),
     "torchscale-no-final-norm": ("torchscale", changed(TORCHSCALE, final_norm=False, dropout=0.1)),
+    "syncdoth": ("syncdoth", TORCHSCALE),
+    "syncdoth-lm-tied": ("syncdoth", changed(TORCHSCALE, decay="lm", tie_embeddings=True)),
     "fla": ("fla", FLA),
     "fla-tied": ("fla", changed(FLA, tie_embeddings=True)),
     "fla-kv-heads": ("fla", changed(FLA, heads=4, kv_heads=2)),
@@ -120,6 +122,21 @@ def test_a_foreign_folder_saved_again_holds_the_same_tensors(name, parity, tmp_p
     assert {k: v for k, v in want.items() if k in have and v is not None and v != have[k]} == {}
     found, theirs = ModelFolder.open(tmp_path), ModelFolder.open(parity / name)
     assert (found.config, found.layout) == (theirs.config, theirs.layout)
+
+
+@torch.no_grad()
+def test_syncdoths_names_are_torchscales_with_a_prefix(parity, tmp_path, same):
+    """As its own convert_weights.py makes them of torchscale's."""
+    theirs = parity / "torchscale-parallel-swish"
+    tensors = load_file(theirs / "model.safetensors")
+    renamed = {f"model.{name}": x for name, x in tensors.items()}
+    renamed["lm_head.weight"] = renamed.pop("model.output_projection.weight")
+    save_file(renamed, tmp_path / "model.safetensors")
+    raw = json.loads((theirs / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"model_type": "retnet", "use_glu": True}), encoding="utf-8")
+    ids = torch.randint(raw["vocab_size"], (1, 20))
+    assert ModelFolder.open(tmp_path).layout == "syncdoth"
+    same(retentive.load(tmp_path)[0](ids)[0], retentive.load(theirs)[0](ids)[0], 0)
 
 
 def test_an_old_fused_fla_folder_is_saved_again_in_todays_layout(parity, tmp_path, same):

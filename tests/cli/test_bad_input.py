@@ -267,7 +267,7 @@ MODELS = {
     "missing": (lambda: shutil.rmtree("run"), "no model folder at"),
     "no-config": (lambda: Path("run/config.json").unlink(), "holds no config.json: expected a run directory"),
     "config-that-is-no-json": (lambda: write("run/config.json", "{"), "is not JSON"),
-    "foreign": (foreign_folder, "describes 'bert'; expected a RetNet (retentive, torchscale, fla) or Llama"),
+    "foreign": (foreign_folder, "describes 'bert'; expected a RetNet (retentive, torchscale, syncdoth, fla)"),
     "truncated": (lambda: cut("run/model.safetensors", 5000), "is not a complete safetensors file"),
     "empty": (lambda: cut("run/model.safetensors", 0), "is not a complete safetensors file"),
     "pickled": (pickled_folder, "it has pytorch_model.bin, but pickled weights are never loaded"),
