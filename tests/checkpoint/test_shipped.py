@@ -52,8 +52,9 @@ def test_other_names_are_not_there(name, refuses):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_small_and_has_a_card(name):
-    folder = SHIPPED / name
-    assert sum(file.stat().st_size for file in folder.iterdir()) <= 8e6
+    folder = NAMES[name]
+    # in the package; in the repository, one file that GitHub takes
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= (8e6 if folder.parent == SHIPPED else 95e6)
     card = (folder / "README.md").read_text(encoding="utf-8")
     for word in ("## Data", "## Numbers", "## Limits", "Licence"):
         assert word in card, word

