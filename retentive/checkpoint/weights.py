@@ -35,12 +35,12 @@ class Unfilled(TorchFunctionMode):
         self._device.__exit__(*error)
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Reads all tensors of model.safetensors, or of the shards in model.safetensors.index.json, by their names there.
+def files_of(folder: Path) -> list[Path]:
+    """Returns the files of weights of a folder: model.safetensors, or the shards in model.safetensors.index.json.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged.
+        ValueError: the index is damaged.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -51,12 +51,23 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         files = [folder / Path(name).name for name in sorted(set(shards))]  # no paths: an index cannot point elsewhere
     else:
         files = [folder / "model.safetensors"]
-    tensors: dict[str, Tensor] = {}
     for file in files:
         if not file.is_file():
             other = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
             hint = f" (it has {other[0]}, but pickled weights are never loaded: convert them)" if other else ""
             raise FileNotFoundError(f"{folder} holds no {file.name}{hint}")
+    return files
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Reads all tensors of a folder by their names there.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in files_of(folder):
         found, about = load_tensors(file)
         if "crc32" in about and about["crc32"] != checksum(found):
             raise ValueError(f"{file} is damaged: its bytes are not those that were written, copy or make it again")
@@ -89,7 +100,7 @@ def fill(
         ValueError: tensors do not fit by name, shape or dtype.
     """
     parameters: dict[str, Tensor] = dict(model.named_parameters())
-    _check_fit(tensors, parameters, where)
+    check_fit(tensors, parameters, where)
     kept = {name: x.dtype for name, x in parameters.items() if not x.dtype.is_floating_point or _is_scale(model, name)}
     _check_dtypes(tensors, kept, dtype, where)
     # assign: the tensors become the parameters, since those on "meta" have no memory to copy into. Not strict: the file
@@ -108,7 +119,7 @@ def _is_scale(model: Any, name: str) -> bool:
     return own in ("scale", "minimum") and not model.get_submodule(owner).weight.dtype.is_floating_point
 
 
-def _check_fit(tensors: dict[str, Tensor], parameters: dict[str, Tensor], where: str) -> None:
+def check_fit(tensors: dict[str, Tensor], parameters: dict[str, Tensor], where: str) -> None:
     """Raises ValueError unless the tensors have the model's names and shapes."""
     missing = sorted(set(parameters) - set(tensors))
     extra = sorted(set(tensors) - set(parameters))

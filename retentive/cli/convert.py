@@ -1,15 +1,16 @@
 """`retentive convert`: a model folder in another layout."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from retentive.checkpoint import ModelFolder, save_model
+from retentive.checkpoint.convert import convert
+from retentive.cli.data import shown
 from retentive.cli.loading import Limits
 from retentive.cli.parsing import parse
-from retentive.files import replace_folder
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,7 @@ class ConvertCommand(Limits):
 def main(argv: list[str]) -> None:
     """`retentive convert ARGV`."""
     command = parse(ConvertCommand, "retentive convert", argv)
-    # before loading, which is slow; `replace_folder` alone would replace the folder
-    if command.out.exists():
-        raise FileExistsError(f"{command.out} exists: choose another folder, nothing is overwritten")
     source = command.limited(command.source)
-    change = None if command.merge is None else ModelFolder.open(command.merge)
-    model, template = source.model(adapter=change), (change or source).template_source
-    replace_folder(
-        command.out, lambda folder: save_model(folder, model, source.tokenizer, template=template, layout=command.to)
-    )
+    with shown(sys.stderr) as progress:
+        convert(source, command.out, command.to, adapter=command.merge, progress=progress)
     print(f"{command.source} -> {command.out} ({command.to} layout)")
