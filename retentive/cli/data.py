@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from retentive.checkpoint import ModelFolder
+from retentive.checkpoint.find import REMOTE, shipped
+from retentive.checkpoint.gguf import SUFFIX
+from retentive.checkpoint.save import save_words
 from retentive.cli.errors import flags
 from retentive.cli.parsing import check_once, parse, typed_options
 from retentive.data.media import KINDS
@@ -65,7 +69,8 @@ def main(argv: list[str]) -> None:
 
     options = vars(command.config)
     try:
-        with shown(sys.stdout) as progress:
+        with shown(sys.stdout) as progress, words_of(command.config.tokenizer) as words:
+            options = options | {"tokenizer": words}
             if media:
                 from retentive import multimodal
 
@@ -111,6 +116,19 @@ def numbers(kind: str, items: Iterable[str]) -> dict[str, int]:
             raise ValueError(f"--{kind} {item}: expected each FIELD=NUMBER once, as in {example}")
         found[name] = int(text)
     return found
+
+
+@contextmanager
+def words_of(tokenizer: str) -> Iterator[str]:
+    """Yield the tokenizer as `prepare` takes it: of a model that is no folder of ours, a folder with its words."""
+    named = tokenizer.startswith(REMOTE) or tokenizer.lower().endswith(SUFFIX)
+    if not named and (Path(tokenizer).exists() or tokenizer not in shipped()):
+        yield tokenizer
+        return
+    folder = ModelFolder.open(tokenizer)
+    with tempfile.TemporaryDirectory() as made:
+        save_words(Path(made), folder.tokenizer_for_text(), folder.template_source)
+        yield made
 
 
 def _summary(console: Console, command: DataCommand, meta: Meta) -> None:

@@ -33,7 +33,8 @@ class DataConfig:
     """Options of `prepare`: how text becomes training data."""
 
     tokenizer: str = "train"
-    """"train" learns a byte-level BPE. Others: "bytes", a tokenizer.json, a folder with one, a .tiktoken file."""
+    """"train" learns a byte-level BPE. Others: "bytes", a tokenizer.json, a folder with one, a .tiktoken file; on the
+    command line also the name of any model."""
     vocab_size: int = 4096
     """Vocabulary size of a learnt tokenizer."""
     valid: str | None = None

@@ -2,9 +2,11 @@
 
 import pytest
 
+from retentive.checkpoint import ModelFolder
 from retentive.cli import data as command
 from retentive.cli import main
 from retentive.data.pack import load_meta
+from retentive.data.packed import Packed
 
 
 def lines_of(capsys) -> list[str]:
@@ -75,3 +77,10 @@ def test_what_cannot_be_is_told_in_a_line(argv, words, tmp_path, monkeypatch, ca
     line = capsys.readouterr().err
     assert stop.value.code == 2 and line.startswith(f"retentive: {words}") and line.count("\n") == 1
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["packed", "text.txt"]
+
+
+def test_the_tokenizer_may_be_that_of_any_model(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("The old house by the river. " * 200)
+    main(["data", str(tmp_path / "a.txt"), "--out", str(tmp_path / "data"), "--tokenizer", "novels"])
+    assert "tokenizer: 4,096 tokens, novels" in lines_of(capsys)
+    assert Packed(tmp_path / "data").tokenizer.sha256 == ModelFolder.open("novels").tokenizer.sha256
