@@ -114,7 +114,7 @@ class LinearizeRun:
             sample_every=0,
         )
     )  # fmt: skip
-    """Options of every stage; `lr` is that of stage 3, and steps follow from tokens."""
+    """Options of every stage; `lr` and `qat` are those of stage 3, and steps follow from tokens."""
 
     @classmethod
     def of(
@@ -352,12 +352,13 @@ class LinearizeRun:
         for out, tokens, how in plan:
             if tokens:
                 steps = max(1, tokens // (self.batch * self.length * self.train.accumulate))
-                lr = self.train.lr if out == self.out else self.lr_new
+                last = out == self.out
+                lr, qat = (self.train.lr, self.train.qat) if last else (self.lr_new, "none")
                 common = dict(
                     init=str(made[-1].out if made else begin), teacher=self.teacher, mode=self.mode, batch=self.batch,
                     length=self.length, resume=self.resume, overwrite=self.overwrite, data_weights=self.data_weights,
                 )  # fmt: skip
-                train = replace(self.train, steps=steps, lr=lr)
+                train = replace(self.train, steps=steps, lr=lr, qat=qat)
                 made.append(TrainRun(data, out, train=train, **common, **how))  # type: ignore[arg-type]
         return made
 

@@ -13,6 +13,7 @@ from retentive.checkpoint import ModelFolder, save_model
 from retentive.cli import main
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.files import only_writer
+from retentive.linearization import LinearizeRun
 from retentive.models import build, transformer
 from retentive.models.students import student
 from retentive.train import TrainRun, checkpoints
@@ -295,3 +296,13 @@ def test_a_student_is_described(place, capsys):
     capsys.readouterr()
     main(["info", "mine"])
     assert "feed-forward: none" in capsys.readouterr().out
+
+
+def test_rounding_and_the_choice_of_weights_are_of_the_last_stage(tmp_path):
+    run = LinearizeRun.of(
+        "teacher", "data", tmp_path / "out", qat="int4", only=("retention", "embed"), lr=2e-4, mixers=2048
+    )
+    stages = run.stages(tmp_path, (tmp_path / "data",))
+    assert [stage.train.qat for stage in stages] == ["none", "none", "int4"]
+    assert [stage.only for stage in stages] == [("retention",), ("retention",), ("retention", "embed")]
+    assert [stage.train.lr for stage in stages] == [1e-3, 1e-3, 2e-4]
