@@ -5,7 +5,7 @@
     facts     simple questions: share of replies that contain the answer
     ended     chats: share of replies that the model ended itself
 
-All models read the same text and questions, greedily. Intervals of 95 %.
+All models read the same text and questions. Numbers are recalled greedily. Intervals of 95 %.
 """
 
 import json
@@ -82,6 +82,8 @@ class Options:
     """Chats, from the beginning of the list; 0 for neither chats nor facts."""
     max_tokens: int = 600
     """Tokens of a reply."""
+    temperature: float = 0.0
+    """Temperature of replies, a seed for each question; 0: the likeliest tokens."""
 
 
 def measure(options: Options, say: Say = silent, seed: int = 0) -> dict[str, Any]:
@@ -173,7 +175,7 @@ def replies(model: LanguageModel, folder: ModelFolder, asked: dict[str, Any], op
         chats = [
             Conversation(q, [{"role": "user", "content": q}, {"role": "assistant", "content": ""}]) for q in questions
         ]
-        return generate_answers(model, template, chats, max_tokens=options.max_tokens)
+        return generate_answers(model, template, chats, max_tokens=options.max_tokens, temperature=options.temperature)
 
     facts = answered([question for question, _ in asked["facts"]])
     right = [

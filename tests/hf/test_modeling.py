@@ -5,14 +5,21 @@ import torch
 
 from retentive.hf import RetentiveCache
 from retentive.hf.modeling_retentive import CACHE
+from retentive.models import transformer
 from retentive.models.students import student
-from tests.export.variants import ATTENDING, VARIANTS, peaked, peaked_model
+from tests.export.variants import ATTENDING, TINY, VARIANTS, peaked, peaked_model
 
 MODELS = {
     **{name: (peaked, changes) for name, changes in VARIANTS.items()},
     **{name: (lambda config: peaked_model(config), {"config": config}) for name, config in ATTENDING.items()},
     "student": (peaked_model, {"config": student(ATTENDING["twin"], window=8, sinks=3)}),
     "moving sinks": (peaked_model, {"config": ATTENDING["twin"].with_window(6, 2)}),
+    "joint norm": (peaked, {"head_norm": True, "head_norm_affine": True, "head_norm_joint": True}),
+    "gated, longer": (peaked_model, {"config": transformer(**TINY, output_gate=True, position_scale=20.0)}),
+    "gated, moving sinks": (
+        peaked_model,
+        {"config": transformer(**TINY, output_gate=True, position_scale=20.0).with_window(6, 2)},
+    ),
 }
 CLOSE = 1e-5
 """float32 sums in another order, through two blocks."""
