@@ -36,6 +36,10 @@ VARIANTS = {
     "more-sinks-than-window": dict(window=3, sinks=5, kv_heads=2),
     "moving-sinks": dict(window=4, sinks=2, moving_sinks=True, kv_heads=2),
     "moving-sinks-window-1": dict(window=1, sinks=3, moving_sinks=True, rotary="interleaved", qk_norm=True),
+    "output-gate": dict(output_gate=True, kv_heads=2),
+    "position-scale": dict(position_scale=5.0),
+    "position-scale-window-sinks": dict(position_scale=5.0, window=4, sinks=2, moving_sinks=True),
+    "position-scale-forget-gate": dict(position_scale=5.0, forget_gate=True, output_gate=True),
     "all": dict(window=5, forget_gate=True, qk_norm=True, rotary="none"),
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -75,16 +79,20 @@ def formula(layer: Attention, x: torch.Tensor) -> torch.Tensor:
         q = feature(layer.q_proj, H, h, layer.q_norm)
         k = feature(layer.k_proj, c.kv_heads, h, layer.k_norm)
         v = projected(layer.v_proj).unflatten(-1, (c.kv_heads, K))[:, :, h * c.kv_heads // H]
-        scores = q @ k.mT / math.sqrt(K)
+        by_position = torch.ones(T, 1, dtype=x.dtype)
+        if c.position_scale:
+            by_position = torch.tensor([[math.log(t + 5) / math.log(5)] for t in range(T)], dtype=x.dtype)
+        scores = q @ k.mT / math.sqrt(K) * by_position
         if c.moving_sinks:  # queries far from them stand where the first full window ends
             last = torch.arange(T).clamp(max=c.slots - 1)
             q = feature(layer.q_proj, H, h, layer.q_norm, turn[last])
-            scores = torch.where(torch.arange(T) < c.sinks, q @ k.mT / math.sqrt(K), scores)
+            scores = torch.where(torch.arange(T) < c.sinks, q @ k.mT / math.sqrt(K) * by_position, scores)
         if c.forget_gate:
             since = torch.sigmoid(x @ layer.forget_proj.weight[h] + layer.forget_proj.bias[h]).log().cumsum(1)
             scores = scores + since[..., :, None] - since[..., None, :]
         out.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v)
-    return torch.cat(out, -1) @ layer.out_proj.weight.T
+    gate = torch.sigmoid(x @ layer.g_proj.weight.T) if c.output_gate else 1
+    return torch.cat(out, -1) * gate @ layer.out_proj.weight.T
 
 
 def run(layer, x, cache=None, start=None, lengths=None, cu=None):

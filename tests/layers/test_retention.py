@@ -49,6 +49,7 @@ VARIANTS = {
     "qk-bias": dict(qk_bias=True, kv_heads=2),
     "qk-norm-bias": dict(qk_norm=True, qk_bias=True, rotary="half"),
     "sigmoid-gate": dict(gate_activation="sigmoid"),
+    "joint-head-norm": dict(head_norm_joint=True, head_norm_affine=True, kv_heads=2),
     "all-new": dict(
         decay="gated", score_norm=False, decay_bias=True, qk_norm=True, qk_bias=True, head_norm=False, rotary="none"
     ),
@@ -107,8 +108,9 @@ def formula(layer: MultiScaleRetention, x: torch.Tensor, variant: str) -> torch.
     scores = torch.einsum("bnhpi,bmhpi->bhnm", q, k) / math.sqrt(K) * mask
     o = torch.einsum("bhnm,bmhv->bnhv", scores, project(layer.v_proj, c["kv_heads"]))
     if c["head_norm"]:
-        o = o / (o.square().mean(-1, keepdim=True) + EPS).sqrt()
-    o = (o * layer.head_norm.weight if c["head_norm_affine"] else o).flatten(-2)
+        over = (-2, -1) if c["head_norm_joint"] else -1
+        o = o / (o.square().mean(over, keepdim=True) + EPS).sqrt()
+    o = (o * layer.head_norm.weight.view(-1, o.shape[-1]) if c["head_norm_affine"] else o).flatten(-2)
     if c["gate"]:
         g = x @ layer.g_proj.weight.T
         o = (F.silu(g) if c["gate_activation"] == "swish" else torch.sigmoid(g)) * o
