@@ -72,8 +72,9 @@ def export_onnx(model: LanguageModel, path: Path, *, eos: int, standard: bool = 
 def check_exportable(model: LanguageModel) -> None:
     """Raises ValueError for a model that has no ONNX graph."""
     check_model(model)
-    if field := model.config.torch_alone:
-        raise ValueError(f"a model with {field} has no ONNX graph: transformers runs it (`to='hf'`)")
+    unknown = ("head_norm_joint", "output_gate", "position_scale")
+    if found := [name for name in unknown if any(getattr(m, name, False) for m in model.config.mixers)]:
+        raise ValueError(f"a model with {', '.join(found)} has no ONNX graph: export it to native, browser or hf")
     if any(model.config.sinks):
         raise ValueError("a model with attention sinks has no ONNX graph: export it to native or browser")
     for module in model.modules():

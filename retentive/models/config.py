@@ -31,9 +31,6 @@ LATER = ("qkv_bias", "rotary_scaling", "moving_sinks", "head_norm_joint", "outpu
 """Fields of mixers newer than version 0.5.0. They are written only if set, so that the files and fingerprints of all
 other models stay as they were."""
 
-TORCH_ALONE = ("head_norm_joint", "output_gate", "position_scale")
-"""Fields of mixers that C and ONNX do not know yet."""
-
 
 @dataclass(frozen=True)
 class BlockConfig:
@@ -126,12 +123,6 @@ class ModelConfig:
     def mixers(self) -> tuple[Mixer, ...]:
         """Mixer of each block."""
         return tuple(block.mixer for block in self.blocks)
-
-    @property
-    def torch_alone(self) -> str:
-        """First field of a mixer that only torch and transformers compute; empty if C and ONNX know all of them."""
-        found = (name for m in self.mixers for name in TORCH_ALONE if getattr(m, name, False))
-        return next(found, "")
 
     @property
     def retention(self) -> RetentionConfig | None:

@@ -31,8 +31,6 @@ def unfit(model: Any) -> str | None:
     """Reason why C cannot run the model on any machine; None if it can."""
     if model.config.library:
         return f"it runs models of this package, this is one of {model.config.library}"
-    if field := model.config.torch_alone:
-        return f"it does not know {field}, torch does"
     if model.device.type != "cpu":
         return f"it runs on the CPU, the model is on {model.device}"
     if model.dtype not in (torch.float32, torch.bfloat16):

@@ -140,12 +140,14 @@ class Packed:
         for mixer in mixers:
             c = mixer.config
             decays = tuple(c.log_decay()) if c.kind == "retention" and c.score_norm else ()
-            keys.append((mixer.K, mixer.H, c.rotary, c.rotary_base, c.rotary_scaling, decays))
+            longer = 0.0 if c.kind == "retention" else c.position_scale
+            keys.append((mixer.K, mixer.H, c.rotary, c.rotary_base, c.rotary_scaling, decays, longer))
         unique, at = list(dict.fromkeys(keys)), 0
         turns = (Turn * len(unique))()
-        for turn, (K, H, rotary, base, scaling, decays) in zip(turns, unique, strict=True):
+        for turn, (K, H, rotary, base, scaling, decays, longer) in zip(turns, unique, strict=True):
             turning = frequencies(K, rotary, base=base, scaling=scaling).tolist() if rotary != "none" else []
             turn.K, turn.H, turn.halves, turn.row_norm, turn.at = K, H, rotary == "half", bool(decays), at
+            turn.position_scale = longer
             turn.frequency, turn.log_decay, at = self._doubles(turning), self._doubles(decays), at + K + H
         size = ctypes.sizeof(Turn)
         return turns, [ctypes.addressof(turns) + unique.index(key) * size for key in keys]
@@ -164,7 +166,8 @@ class Packed:
         fixed, decay = [] if c.decay == "gated" else c.log_decay(), mixer.decay_proj
         return dict(
             V=mixer.V, gate=c.gate, gate_activation=ACTIVATIONS.index(c.gate_activation), gated=c.decay == "gated",
-            normed_heads=c.head_norm, decay_scale=c.decay_scale, head_norm=self._vector(mixer.head_norm),
+            normed_heads=c.head_norm, joint=c.head_norm_joint, head_norm=self._vector(mixer.head_norm),
+            decay_scale=c.decay_scale,
             log_decay=self._kept((ctypes.c_float * len(fixed))(*fixed)) if fixed else None,
             q_bias=self._vector(mixer, "q_bias"), k_bias=self._vector(mixer, "k_bias"),
             decay_bias=self._vector(decay, "bias"),
@@ -173,10 +176,11 @@ class Packed:
 
     def _attention(self, mixer: Any, c: Any) -> dict[str, Any]:
         return dict(
-            V=mixer.K, gated=c.forget_gate, decay_scale=1.0, window=c.window or 0, sinks=c.sinks,
+            V=mixer.K, gate=c.output_gate, gate_activation=ACTIVATIONS.index("sigmoid"), gated=c.forget_gate,
+            decay_scale=1.0, window=c.window or 0, sinks=c.sinks,
             decay_bias=self._vector(mixer.forget_proj, "bias"), far_turn=self._far_turn(c) if c.moving_sinks else None,
             in_bias=self._biases([mixer.q_proj, mixer.k_proj, mixer.v_proj]) if c.qkv_bias else None,
-            in_=self._matrix([mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.forget_proj]),
+            in_=self._matrix([mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.g_proj, mixer.forget_proj]),
         )  # fmt: skip
 
     def _far_turn(self, c: Any) -> int:

@@ -32,6 +32,7 @@ RETNETS = {
     "kv-heads": dict(heads=4, kv_heads=2, head_norm=True, head_norm_affine=True),
     "biases": dict(decay_bias=True, qk_bias=True, decay_scale=4.0, rotary="none", gate_activation="sigmoid"),
     "plain": dict(gate=False, ffn_gate=False, activation="gelu", final_norm=False, ffn_dim=50, qk_norm=False),
+    "joint-norm": dict(head_norm=True, head_norm_affine=True, head_norm_joint=True, gate_activation="sigmoid"),
     "odd-widths": dict(ffn_dim=50, heads=6, value_dim=54),
     "own-decays": dict(decay=(-0.3, 0.0), tie_embeddings=True, embed_norm=True, embed_scale=True, rotary="half"),
 }
@@ -47,6 +48,8 @@ TRANSFORMERS = {
     "wide-window": dict(attention_window=150, kv_heads=1, rotary="none"),
     "window-gate": dict(dim=64, attention_window=20, forget_gate=True),
     "sinks": dict(attention_window=7, attention_sinks=2),
+    "output-gate": dict(output_gate=True, heads=4, kv_heads=2, qk_norm=True, rotary="none"),
+    "position-scale": dict(position_scale=9.0, attention_window=7, attention_sinks=2, output_gate=True),
     "many-sinks": dict(attention_window=140, attention_sinks=135, heads=4, kv_heads=2),
 }
 HYBRIDS = {

@@ -48,6 +48,7 @@ RETNETS = {
     "bfloat16": {},
     "int8": {},
     "int4": dict(ffn_dim=50),
+    "joint-norm": dict(head_norm=True, head_norm_affine=True, head_norm_joint=True, kv_heads=1),
     "levels-int4": dict(dim=64, tie_embeddings=True),
     "paper": ARCHITECTURES["retnet-paper"],
     "fla": ARCHITECTURES["fla"],
@@ -65,6 +66,7 @@ TRANSFORMERS = {
     "window": dict(attention_window=9, rotary="interleaved", rotary_base=500_000.0),
     "window-gate": dict(attention_window=20, forget_gate=True),
     "sinks": dict(attention_window=6, attention_sinks=3),
+    "output-gate": dict(output_gate=True, position_scale=9.0, heads=6, kv_heads=3, head_dim=10),
 }
 HYBRIDS = {
     "hybrid": dict(attention=(0,), decay="lm", score_norm=True),

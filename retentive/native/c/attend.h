@@ -47,11 +47,12 @@ static void attention_inputs(Block *b, const Layer *layer, const Self *me) {
     for (i64 th = first; th < last; th++) {
         i64 t = th / H, h = th % H, g = t * kv + h / G;
         const float *y = b->y + t * b->ld, *turn = b->turn + t * b->turn_ld + layer->turn->at;
-        query_of_head(layer, y, turn, h, 1, dtype, at_element(b, b->q, th * K));
+        float scale = layer->turn->position_scale ? turn[K + h] * sqrtf((float)K) : 1; /* scores are divided later */
+        query_of_head(layer, y, turn, h, scale, dtype, at_element(b, b->q, th * K));
         if (layer->far_turn) {
             i64 s = b->sequence[t], position = b->c->position[s] + b->first + t - b->c->begin[s];
             const float *own = position < layer->sinks + layer->window ? turn : layer->far_turn;
-            query_of_head(layer, y, own, h, 1, dtype, at_element(b, b->o, th * K));
+            query_of_head(layer, y, own, h, scale, dtype, at_element(b, b->o, th * K));
         }
         if (h % G == 0)
             key_and_value(layer, y, turn, h / G, dtype, at_element(b, b->k, g * K), at_element(b, b->v, g * K));

@@ -125,11 +125,13 @@ static void turn_of(Folder *f, const Json *mixer, const char *rotary, const doub
         frequency[i] = pow(base, -(turn == 2 ? (double)i / half : half > 1 ? (double)i / (half - 1) : 0));
     const Json *scaling = item(mixer, "rotary_scaling");
     if (frequency && scaling && scaling->type != NOTHING) slow_down(f, scaling, frequency, half);
-    Turn own = {layer->K, layer->H, turn == 2, log_decay != NULL, turn_floats(m), frequency, log_decay};
+    double by_position = number_or(f, mixer, "position_scale", 0);
+    expect(f, by_position == 0 || by_position > 1);
+    Turn own = {layer->K, layer->H, turn == 2, log_decay != NULL, turn_floats(m), by_position, frequency, log_decay};
     i64 i = 0;
     for (; i < m->turns; i++) {
         const Turn *t = f->turns + i;
-        if (t->K == own.K && t->H == own.H && t->halves == own.halves && same_numbers(t->frequency, frequency, half) &&
+        if (t->K == own.K && t->H == own.H && t->halves == own.halves && t->position_scale == by_position && same_numbers(t->frequency, frequency, half) &&
             same_numbers(t->log_decay, log_decay, own.H))
             break;
     }
@@ -154,6 +156,7 @@ static void retention_of(Folder *f, const Json *mixer, Layer *layer) {
     if (f->bad) return;
     layer->K = keys / H, layer->V = values / H;
     layer->gate = number_of(f, mixer, "gate"), layer->normed_heads = number_of(f, mixer, "head_norm");
+    layer->joint = number_or(f, mixer, "head_norm_joint", 0);
     layer->gate_activation = choice_of(f, mixer, "gate_activation", ACTIVATIONS);
     layer->decay_scale = number_of(f, mixer, "decay_scale");
     const double *log_decay = decays_of(f, mixer, H);
@@ -168,6 +171,7 @@ static void attention_of(Folder *f, const Json *mixer, const char *window, const
     i64 D = f->model.D;
     layer->K = (i64)number_or(f, mixer, "head_dim", layer->H > 0 ? (double)D / layer->H : 0), layer->V = layer->K;
     layer->gated = number_or(f, mixer, "forget_gate", 0), layer->decay_scale = 1;
+    layer->gate = number_or(f, mixer, "output_gate", 0), layer->gate_activation = SIGMOID;
     layer->window = (i64)number_or(f, mixer, window, 0);
     layer->sinks = layer->window ? (i64)number_or(f, mixer, "sinks", 0) : 0;
     expect(f, layer->H == layer->kv || !layer->gated);
@@ -181,10 +185,6 @@ static Layer layer_as(Folder *f, const Json *mixer, i64 kind, int flat, int hybr
     layer.H = whole_number_of(f, mixer, "heads"), layer.eps = number_of(f, mixer, "norm_eps");
     layer.kv = hybrid && kind == ATTENTION ? layer.H : whole_number_of(f, mixer, "kv_heads");
     expect(f, layer.H > 0 && layer.kv > 0 && layer.H % layer.kv == 0);
-    if (f->bad) return layer;
-    static const char *const others[] = {"head_norm_joint", "output_gate", "position_scale", NULL};
-    for (int i = 0; others[i] && !f->bad; i++)
-        if (number_or(f, mixer, others[i], 0)) f->bad = 1, fail(f->error, "%s is not run in C", others[i]);
     if (f->bad) return layer;
     if (kind == RETENTION) retention_of(f, mixer, &layer);
     else attention_of(f, mixer, flat ? "attention_window" : "window", hybrid ? "attention_rotary" : "rotary", &layer);

@@ -95,7 +95,7 @@ static void layer_of(Folder *f, i64 i) {
     l->q_norm = vector_of(f, l->K, 0, OWN(".q_norm.weight")), l->k_norm = vector_of(f, l->K, 0, OWN(".k_norm.weight"));
     l->q_bias = vector_of(f, l->H * l->K, 0, OWN(".q_bias")), l->k_bias = vector_of(f, l->kv * l->K, 0, OWN(".k_bias"));
     l->decay_bias = vector_of(f, l->H, 0, attends ? OWN(".forget_proj.bias") : OWN(".decay_proj.bias"));
-    l->head_norm = vector_of(f, l->V, 0, OWN(".head_norm.weight"));
+    l->head_norm = vector_of(f, l->joint ? l->H * l->V : l->V, 0, OWN(".head_norm.weight"));
     l->in_bias = in_bias_of(f, l, mixer);
 #undef OWN
     snprintf(name, sizeof name, "%sffn_norm.weight", block), l->ffn_norm = vector_of(f, D, l->F > 0, name);

@@ -10,6 +10,7 @@ enum { RETENTION, ATTENTION };
 typedef struct {                    /* how queries and keys are turned and scaled: one for all layers that agree in it */
     i64 K, H, halves, row_norm, at; /* halves: element i turns with i + K / 2, not 2 i with 2 i + 1; at: where its K + H
                                        numbers lie in those of a token */
+    double position_scale;          /* a of log(position + a) / log(a), which scales queries; 0: nothing does */
     const double *frequency;        /* [K / 2] radians a token; NULL for none */
     const double *log_decay;        /* [H] for row_norm; NULL where it is a function of the token */
 } Turn;
@@ -18,6 +19,7 @@ typedef struct {
     i64 kind, H, kv, K, V, F;                   /* V is K where the layer attends; F: 0 for no feed-forward layer */
     i64 gate, gate_activation, gated, normed_heads; /* gate, ffn_gate: whether there is one; gated: a decay, or a forget
                                                    gate, of each token */
+    i64 joint;                                  /* the head norm is of all heads together */
     i64 activation, ffn_gate, window, sinks;    /* tokens attended to, 0 for all; first tokens, attended to always */
     double eps, decay_scale;                    /* eps: of the norms over heads */
     const Turn *turn;
@@ -25,7 +27,7 @@ typedef struct {
     const float *mixer_norm, *ffn_norm;                          /* [D] */
     const float *q_norm, *k_norm, *q_bias, *k_bias, *decay_bias; /* [K], [K], [H K], [kv K], [H]; or NULL */
     const float *in_bias;   /* of q, k and v, laid out as the rows of `in`; or NULL */
-    const float *head_norm; /* [V], or NULL */
+    const float *head_norm; /* [V], joint [H V]; or NULL */
     const float *far_turn;  /* [K] turn of queries for moving sinks, far from them; NULL: as for all other keys */
     Matrix in;   /* q, k, v, gate, decay: the rows of each rounded up to panels */
     Matrix out;  /* [D][H V] */

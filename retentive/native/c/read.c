@@ -40,11 +40,17 @@ static Input normed(Block *b, const Self *me, const float *weight, const Matrix 
     return in;
 }
 
-static Input mixed_heads(Block *b, const Self *me, const Matrix *w) { /* z */
+static Input mixed_heads(Block *b, const Layer *layer, const Self *me) { /* z */
+    const Matrix *w = &layer->out;
     i64 first, last;
     Input in = input_of(b, me, &b->of_HV, w);
     tokens_of(b, me, &first, &last);
-    for (i64 r = first; r < last; r++) ready_row(&in, r, b->z + r * w->K, w->K);
+    float z[w->K]; /* a copy: each thread may do this for all tokens */
+    for (i64 r = first; r < last; r++) {
+        memcpy(z, b->z + r * w->K, w->K * 4);
+        output_of_heads(layer, b->y + r * b->ld, z);
+        ready_row(&in, r, z, w->K);
+    }
     prepared(b);
     return in;
 }
@@ -113,7 +119,7 @@ static void through_layer(Block *b, i64 l, const Self *me) {
     if (layer->kind == ATTENTION) attend(b, layer, b->c->memory + l, me);
     else if (b->c->steps) by_steps(b, layer, b->c->memory + l, me);
     else by_chunks(b, layer, b->c->memory + l, me);
-    in = mixed_heads(b, me, &layer->out);
+    in = mixed_heads(b, layer, me);
     add_product(b, &layer->out, &in, layer->F ? &layer->up : next, layer->F ? together(layer) : 1, me);
     if (layer->F) feed_forward(b, layer, next, me);
 }

@@ -65,6 +65,7 @@ static void turn_at(const Turn *t, i64 position, float *turn) {
     for (i64 h = 0; h < t->H; h++) {
         double scale = 1 / sqrt((double)t->K), n = position + 1.0;
         if (t->row_norm) scale /= sqrt(t->log_decay[h] < 0 ? expm1(n * t->log_decay[h]) / expm1(t->log_decay[h]) : n);
+        if (t->position_scale) scale *= log(position + t->position_scale) / log(t->position_scale);
         turn[t->K + h] = (float)scale;
     }
 }
@@ -121,10 +122,19 @@ static void inputs_of_head(const Layer *layer, const float *y, const float *turn
     *log_decay = layer->gated ? log_gate(layer, y, h) : layer->log_decay[h];
 }
 
-/* what leaves head h of retention [V]: o in `dtype`, normalised and gated */
+/* what leaves head h of retention [V]: o in `dtype`, normalised and gated; but for `output_of_heads` */
 static void output_of_head(const Layer *layer, const float *y, i64 h, i64 dtype, const void *o, float *z) {
     i64 V = layer->V;
     read_row(dtype, o, V, z, V);
+    if (layer->joint) return;
     if (layer->normed_heads) norm_row(z, layer->head_norm, V, layer->eps, z);
     if (layer->gate) activate(layer->gate_activation, y + row_of_gate(layer) + h * V, z, V, z);
+}
+
+/* what leaves all heads [H V] of attention, or of retention with a joint norm: normalised and gated, in place */
+static void output_of_heads(const Layer *layer, const float *y, float *z) {
+    i64 width = layer->H * layer->V;
+    if (layer->joint) norm_row(z, layer->head_norm, width, layer->eps, z);
+    if (layer->gate && (layer->joint || layer->kind == ATTENTION))
+        activate(layer->gate_activation, y + row_of_gate(layer), z, width, z);
 }
