@@ -139,7 +139,6 @@ def quantize(
     exact: Any = copy.deepcopy(model).float().eval()
     made: Any = as_quantized(copy.deepcopy(exact), how, torch.float32)
     streams = [exact.begin(ids) for ids in batches]
-    _fill(made.embed, exact.embed.weight, None)
     for i, block in enumerate(exact.blocks):
         read = _second_moments(block, streams)
         for name, layer in block.named_modules():
@@ -147,10 +146,14 @@ def quantize(
                 _fill(made.blocks[i].get_submodule(name), layer.weight, read.get(_reads(name)))
         streams = [(_through(made.blocks[i], *stream), stream[1]) for stream in streams]
         progress(i + 1, len(exact.blocks))
-    if not model.config.tie_embeddings:
-        moments = [_moment(exact.norm(x)) for x, _ in streams]
-        moment = torch.stack(moments).sum(0) if moments else None
-        _fill(made.head, exact.head.weight, moment)
+    moments = [_moment(exact.norm(x)) for x, _ in streams]
+    moment = torch.stack(moments).sum(0) if moments else None
+    _fill(made.head, exact.head.weight, moment)
+    if model.config.tie_embeddings:  # as output matrix it needs more precision than as embedding (docs/LOG.md)
+        made.embed.store(made.head.integers())
+        tie(made)
+    else:
+        _fill(made.embed, exact.embed.weight, None)
     return made.to(dtype)
 
 

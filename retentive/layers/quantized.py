@@ -59,13 +59,16 @@ class Quantized(nn.Module):
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.register_parameter("minimum", nn.Parameter(torch.empty_like(scale), False) if minimums else None)
 
-    def floats(self, at: Tensor | slice = ALL) -> Tensor:
-        """Returns rows, by their numbers, as floats `[..., columns]`."""
+    def integers(self, at: Tensor | slice = ALL) -> Integers:
+        """Returns rows by their numbers."""
         q, scale = self.weight[at], self.scale[at]
         if self.bits == 4:
             q = torch.stack((q << 4, q), -1).flatten(-2)[..., : self.columns].view(torch.int8) >> 4  # keeps the sign
-        minimum = None if self.minimum is None else self.minimum[at]
-        return Integers(q, scale, minimum).floats(self.group).to(self.dtype)
+        return Integers(q, scale, None if self.minimum is None else self.minimum[at])
+
+    def floats(self, at: Tensor | slice = ALL) -> Tensor:
+        """Returns rows by their numbers, as floats `[..., columns]`."""
+        return self.integers(at).floats(self.group).to(self.dtype)
 
     def store(self, made: Integers) -> None:
         """Stores all rows, with minimums or without."""
