@@ -20,7 +20,7 @@ from torch import Tensor
 from retentive.checkpoint.folder import FOREIGN, FORMAT, ModelFolder
 from retentive.checkpoint.save import save_model, save_words
 from retentive.checkpoint.weights import Unfilled, check_fit, files_of
-from retentive.files import naming, opened_tensors, replace_folder, write_text
+from retentive.files import load_tensors, naming, opened_tensors, replace_folder, write_text
 from retentive.models import build
 
 NAMES = {
@@ -170,3 +170,30 @@ def check_room(out: Path, nbytes: int) -> None:
     if (free := shutil.disk_usage(place).free) < nbytes:
         have = f"{free / 1e6:,.0f} MB are free at {place}, the model takes {nbytes / 1e6:,.0f} MB"
         raise OSError(os.strerror(28) + f": {have}")
+
+
+@torch.no_grad()
+def difference(source: str | Path | ModelFolder, reference: Path) -> float:
+    """Returns the largest difference of a model's logits from those of the project that its weights come from.
+
+    Args:
+        reference: safetensors file with `input_ids` `[B,T]`, `logits` `[B,T,vocab]` and perhaps `attention_mask`, whose
+            padding is not compared.
+
+    Raises:
+        ValueError: the file has no such tensors, or of another vocabulary.
+    """
+    wanted, _ = load_tensors(reference)
+    if missing := [name for name in ("input_ids", "logits") if name not in wanted]:
+        raise ValueError(
+            f"{reference} has no {' and no '.join(missing)}: it needs input_ids and logits of the original"
+        )
+    model = ModelFolder.open(source).model(dtype=torch.float32)
+    ids, logits = wanted["input_ids"], wanted["logits"].float()
+    if logits.shape != (*ids.shape, model.config.vocab_size):
+        shape = [*ids.shape, model.config.vocab_size]
+        raise ValueError(f"{reference} has logits {list(logits.shape)}, the model gives {shape}")
+    real = wanted.get("attention_mask", torch.ones_like(ids)).bool()
+    first = real.int().argmax(1)
+    found, _ = model(ids, lengths=torch.stack((first, first + real.sum(1)), 1))
+    return float((found - logits).abs()[real].max())

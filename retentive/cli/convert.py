@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from retentive.checkpoint.convert import convert
+from retentive.checkpoint.convert import convert, difference
 from retentive.cli.data import shown
 from retentive.cli.loading import Limits
 from retentive.cli.parsing import parse
@@ -25,6 +25,8 @@ class ConvertCommand(Limits):
     """Layout of the new folder. Its architecture must be able to represent the model."""
     merge: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
     """LoRA adapter of the model (a run with --lora) to merge into the new one."""
+    reference: Path | None = None
+    """Safetensors file with input_ids and logits that the original project computed: print the largest difference."""
 
 
 def main(argv: list[str]) -> None:
@@ -34,3 +36,7 @@ def main(argv: list[str]) -> None:
     with shown(sys.stderr) as progress:
         convert(source, command.out, command.to, adapter=command.merge, progress=progress)
     print(f"{command.source} -> {command.out} ({command.to} layout)")
+    if command.reference:
+        print(
+            f"largest difference of a logit from {command.reference}: {difference(command.out, command.reference):.2g}"
+        )

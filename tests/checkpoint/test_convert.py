@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import retentive
 from retentive.checkpoint import ModelFolder, save_model
-from retentive.checkpoint.convert import convert, copies
+from retentive.checkpoint.convert import convert, copies, difference
+from retentive.cli import main
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.models import ARCHITECTURES, build, retnet
 from tests.export.variants import ATTENDING, peaked, peaked_model
@@ -100,3 +101,15 @@ def test_bad_input_leaves_nothing(tmp_path, refuses, monkeypatch):
     with refuses("ours exists: choose another folder", FileExistsError):
         convert(tmp_path / "ours", tmp_path / "ours")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
+
+
+def test_the_difference_from_a_reference_is_printed(parity, tmp_path, capsys, refuses):
+    folder = parity / "fla-left-padding"
+    reference = folder / "expected.safetensors"
+    main(["convert", str(folder), str(tmp_path / "made"), "--reference", str(reference)])
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith(f"largest difference of a logit from {reference}: ")
+    off = difference(folder, reference)
+    assert float(said.rpartition(" ")[2]) == pytest.approx(off, rel=0.05) and off < 1e-4
+    with refuses("has no input_ids and no logits"):
+        difference(folder, folder / "model.safetensors")
