@@ -61,7 +61,7 @@ else:
 import retentive
 names, failed = [], []
 for module in pkgutil.walk_packages(retentive.__path__, "retentive.", onerror=lambda name: None):
-    if module.name.startswith("retentive.ops.triton") or module.name.endswith("__main__"):
+    if module.name.startswith(("retentive.ops.triton", "retentive.hf")) or module.name.endswith("__main__"):
         continue
     if module.name.startswith("retentive.serve") and module.name not in {without}:
         continue
@@ -75,11 +75,24 @@ print(json.dumps([names, failed]))
 
 
 def test_every_module_can_be_imported_without_the_optional_packages():
-    """Excluded: ops/triton, which backends.py imports on GPUs, and __main__, which runs when imported.
+    """Excluded: ops/triton, which backends.py imports on GPUs, hf, whose classes are transformers', and __main__.
 
     Also excluded is all of serve except what the command line and the terminal chat import.
     """
     names, failed = fresh(WALK.format(blocked=set(OPTIONAL), without=WITHOUT))
     assert failed == []
+    assert "retentive.hf" not in names
     assert set(WITHOUT) <= set(names)
     assert {"retentive.ops.blocked", "retentive.checkpoint.folder", "retentive.data.sources"} <= set(names)
+
+
+def test_without_transformers_its_classes_name_the_extra():
+    code = """
+import json, sys
+sys.modules["transformers"] = None
+try:
+    import retentive.hf
+except ImportError as error:
+    print(json.dumps(str(error)))
+"""
+    assert fresh(code) == "transformers is missing: pip install 'retentive[hf]'"
