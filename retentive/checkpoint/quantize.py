@@ -32,6 +32,8 @@ SCALES = 24
 """Number of scales tried for a group, besides that of Q8_0."""
 MOST_CHARACTERS = 16
 """Maximum characters per token on average, which limits how much of a document is read."""
+RANGES = 16
+"""Number of ranges tried for a group with a minimum."""
 AT_ONCE = 2**17
 """Numbers that are rounded at once: few enough to stay in the cache of a core."""
 DAMPING = 0.01
@@ -118,6 +120,7 @@ def quantize(
     group: int | None = None,
     *,
     batches: Iterable[Tensor] = (),
+    asymmetric: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     progress: Callable[[int, int], object] = lambda done, blocks: None,
 ) -> LanguageModel:
@@ -127,6 +130,7 @@ def quantize(
         bits: 8 or 4.
         group: columns that share a scale; by default 128 for 8 bits and 32 for 4.
         batches: ids `[B,T]` of calibration text; none: every group is rounded separately.
+        asymmetric: give every group a minimum too, for 16 bits more: with 4 bits only.
         dtype: dtype of the new model's computation.
         progress: called with the number of blocks done, and of all blocks.
 
@@ -136,6 +140,8 @@ def quantize(
     """
     check_quantizable(model)
     how = Quantization(bits, GROUPS[bits] if group is None else group)
+    if asymmetric and bits != 4:
+        raise ValueError(f"`asymmetric` is for int4, whose few levels it spends better: leave it out with int{bits}")
     exact: Any = copy.deepcopy(model).float().eval()
     made: Any = as_quantized(copy.deepcopy(exact), how, torch.float32)
     streams = [exact.begin(ids) for ids in batches]
@@ -143,17 +149,17 @@ def quantize(
         read = _second_moments(block, streams)
         for name, layer in block.named_modules():
             if isinstance(layer, nn.Linear):
-                _fill(made.blocks[i].get_submodule(name), layer.weight, read.get(_reads(name)))
+                _fill(made.blocks[i].get_submodule(name), layer.weight, read.get(_reads(name)), asymmetric)
         streams = [(_through(made.blocks[i], *stream), stream[1]) for stream in streams]
         progress(i + 1, len(exact.blocks))
     moments = [_moment(exact.norm(x)) for x, _ in streams]
     moment = torch.stack(moments).sum(0) if moments else None
-    _fill(made.head, exact.head.weight, moment)
+    _fill(made.head, exact.head.weight, moment, asymmetric)
     if model.config.tie_embeddings:  # as output matrix it needs more precision than as embedding (docs/LOG.md)
         made.embed.store(made.head.integers())
         tie(made)
     else:
-        _fill(made.embed, exact.embed.weight, None)
+        _fill(made.embed, exact.embed.weight, None, asymmetric)
     return made.to(dtype)
 
 
@@ -198,9 +204,12 @@ def _second_moments(block: nn.Module, streams: list) -> dict[str, Tensor]:
     return found
 
 
-def _fill(into: Quantized, weight: Tensor, moment: Tensor | None) -> None:
+def _fill(into: Quantized, weight: Tensor, moment: Tensor | None, asymmetric: bool) -> None:
     how = weight, into.bits, into.group
-    made = rounded(*how) if moment is None else on_grid(*how) or fed_back(weight, moment, into.bits, into.group)
+    if moment is None:
+        made = rounded(*how, asymmetric=asymmetric)
+    else:
+        made = on_grid(*how) or fed_back(weight, moment, into.bits, into.group, asymmetric=asymmetric)
     if not bool(made.scale.isfinite().all()):
         raise ValueError(f"a weight of {weight.abs().max():.3g} is too large for a scale of 16 bits")
     into.store(made)
@@ -227,6 +236,30 @@ def best_scale(w: Tensor, bits: int, importance: Tensor | None = None) -> Tensor
     return best.half()
 
 
+def best_range(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns float16 (scales, minimums) `[rows]` with the least squared error of rounding w `[rows, columns]` to 16
+    levels, among RANGES that are narrower than its own; arguments as for `best_scale`."""
+    low, high = w.amin(1), w.amax(1)
+    centre, half, least = (low + high) / 2, (high - low) / 2, torch.full_like(low, torch.inf)
+    best_scales, best_minimums = torch.zeros_like(low), low
+    for step in range(RANGES):
+        width = half * (1 - 0.5 * step / RANGES)
+        scale, minimum = ((x.half().to(w.dtype)) for x in (2 * width / 15, centre - width))
+        error = (_above(w, scale, minimum) * scale[:, None] + minimum[:, None] - w).square()
+        sums = (error if importance is None else error * importance).sum(1)
+        better = sums < least
+        least = torch.where(better, sums, least)
+        best_scales = torch.where(better, scale, best_scales)
+        best_minimums = torch.where(better, minimum, best_minimums)
+    return best_scales.half(), best_minimums.half()
+
+
+def _above(w: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+    """Returns the nearest integers from 0 to 15 above the minimum; 0 if the scale is 0."""
+    steps = (w - minimum[:, None]) / scale[:, None]
+    return torch.where(scale[:, None] == 0, 0, steps).round().clamp(0, 15)
+
+
 def _levels(w: Tensor, scale: Tensor, top: int) -> Tensor:
     """Returns the nearest integers from -top to top - 1; 0 if the scale is 0."""
     return torch.where(scale[:, None] == 0, 0, w / scale[:, None]).round().clamp(-top, top - 1)
@@ -247,40 +280,56 @@ def on_grid(w: Tensor, bits: int, group: int) -> Integers | None:
     return made if torch.equal(made.floats(group), w.float()) else None
 
 
-def rounded(w: Tensor, bits: int, group: int) -> Integers:
+def rounded(w: Tensor, bits: int, group: int, *, asymmetric: bool = False) -> Integers:
     """Returns the nearest integers: those of `on_grid` if there are any, else every group rounded separately."""
     if made := on_grid(w, bits, group):
         return made
-    columns = w.shape[1]
-    groups = F.pad(w.float(), (0, -columns % group)).view(-1, group)
-    parts = groups.split(max(AT_ONCE // group, 1))
-    scales = torch.cat([best_scale(part, bits) for part in parts])
-    q = [
-        _levels(part, scale, 2 ** (bits - 1)).to(torch.int8)
-        for part, scale in zip(parts, scales.float().split(max(AT_ONCE // group, 1)), strict=True)
-    ]
-    return Integers(torch.cat(q).view(len(w), -1)[:, :columns], scales.view(len(w), -1))
+    columns, at_once = w.shape[1], max(AT_ONCE // group, 1)
+    parts = F.pad(w.float(), (0, -columns % group)).view(-1, group).split(at_once)
+    q, scales, minimums = list[Tensor](), list[Tensor](), list[Tensor]()
+    for part in parts:
+        if asymmetric:
+            scale, minimum = best_range(part)
+            q.append((_above(part, scale.float(), minimum.float()) - 8).to(torch.int8))
+            minimums.append(minimum)
+        else:
+            scale = best_scale(part, bits)
+            q.append(_levels(part, scale.float(), 2 ** (bits - 1)).to(torch.int8))
+        scales.append(scale)
+
+    def laid(x: list[Tensor]) -> Tensor:
+        return torch.cat(x).view(len(w), -1)
+
+    return Integers(laid(q)[:, :columns], laid(scales), laid(minimums) if minimums else None)
 
 
-def fed_back(w: Tensor, moment: Tensor, bits: int, group: int) -> Integers:
+def fed_back(w: Tensor, moment: Tensor, bits: int, group: int, *, asymmetric: bool = False) -> Integers:
     """Returns the same with GPTQ, in natural order of columns: later columns compensate each column's error, such that
     `|w x - scale q x|` is least for inputs with the given second moment `[columns, columns]`."""
     w, top = w.double().clone(), 2 ** (bits - 1)
     H = moment + DAMPING * moment.diagonal().mean().clamp(min=1e-9) * torch.eye(len(moment)).double()
     feed = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
-    q, scales = torch.zeros(w.shape, dtype=torch.int8), []
+    q, scales, minimums = torch.zeros(w.shape, dtype=torch.int8), list[Tensor](), list[Tensor]()
     for begin in range(0, w.shape[1], group):
         end = min(begin + group, w.shape[1])
-        scales.append(best_scale(w[:, begin:end], bits, feed.diagonal()[begin:end] ** -2))
-        scale = scales[-1].double()
-        errors = torch.empty_like(w[:, begin:end])
+        part, importance = w[:, begin:end], feed.diagonal()[begin:end] ** -2
+        if asymmetric:
+            scale, minimum = best_range(part, importance)
+            minimums.append(minimum)
+            lowest = minimum.double()
+        else:
+            scale, lowest = best_scale(part, bits, importance), torch.zeros(len(w)).double()
+        scales.append(scale)
+        scale = scale.double()
+        errors = torch.empty_like(part)
         for k in range(begin, end):
-            level = _levels(w[:, k : k + 1], scale, top)[:, 0]
-            q[:, k] = level.to(torch.int8)
-            errors[:, k - begin] = error = (w[:, k] - level * scale) / feed[k, k]
+            column = w[:, k : k + 1]
+            level = (_above(column, scale, lowest) if asymmetric else _levels(column, scale, top))[:, 0]
+            q[:, k] = (level - 8 * asymmetric).to(torch.int8)
+            errors[:, k - begin] = error = (w[:, k] - level * scale - lowest) / feed[k, k]
             w[:, k + 1 : end] -= error[:, None] * feed[k, k + 1 : end]
         w[:, end:] -= errors @ feed[begin:end, end:]
-    return Integers(q, torch.stack(scales, 1))
+    return Integers(q, torch.stack(scales, 1), torch.stack(minimums, 1) if asymmetric else None)
 
 
 def batches_of(documents: Iterable[Document], tokenizer: Tokenizer, *, tokens: int, length: int = 512) -> list[Tensor]:

@@ -36,6 +36,8 @@ class QuantizeCommand:
     group: int | None = None
     """Weights per scale, a multiple of 16 up to 256. Default: 128 for int8, 32 for int4; 32
     for a .gguf file, whose integers of Q8_0, Q4_0 or Q4_1 stay as they are."""
+    asymmetric: bool = False
+    """int4 with a minimum for each group: 5 bits a weight instead of 4.5, and a smaller error."""
     tokenizer: str | None = None
     """Tokenizer (bytes, or a tokenizer.json) for a model without one."""
 
@@ -66,6 +68,7 @@ def write(command: QuantizeCommand) -> None:
     lines = Lines()
     made = quantize(
         model, BITS[command.to], source.group if command.group is None else command.group, batches=batches,
+        asymmetric=command.asymmetric,
         progress=lambda done, blocks: lines(f"{done} of {counted(blocks, 'block')}"),
     )  # fmt: skip
     replace_folder(command.out, lambda folder: save_model(folder, made, tokenizer, template=source.template_source))
