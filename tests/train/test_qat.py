@@ -61,7 +61,7 @@ def test_a_run_evaluates_the_integers_that_its_model_becomes(run, metrics, packe
 
 def test_models_that_cannot_be_quantised_are_refused(run, refuses):
     model = build(MODELS["retnet"])
-    with refuses("the model is quantised already"):
+    with refuses("the model is quantised, and integers cannot be trained"):
         run("again", model=quantize(model, 8), qat="int4")
     with refuses("`qat` is 'int2', expected one of none, int8, int4"):
         run("two", qat="int2")
