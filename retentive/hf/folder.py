@@ -8,11 +8,14 @@ generation_config.json, README.md                           how it writes, and t
 import copy
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from retentive.checkpoint import ModelFolder, hf
 from retentive.checkpoint.quantize import quantization_of
@@ -199,12 +202,25 @@ def difference(path: Path, model: LanguageModel) -> float:
         ValueError: it is too large.
     """
     ids = torch.randint(model.config.vocab_size, (1, CHECKED), generator=torch.Generator().manual_seed(0))
-    theirs = RetentiveForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with quiet():
+        theirs = RetentiveForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     want = copy.deepcopy(model).float().eval()(ids)[0]
     far = float((theirs(ids).logits - want).abs().max() / want.abs().max())
     if not far <= (FAR_OF_INTEGERS if quantization_of(model) else FAR):  # NaN neither
         raise ValueError(f"transformers' logits differ from the model's by {far:.1e} of their size: nothing is written")
     return far
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hides the progress bar of transformers' loading in this block."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def card(folder: ModelFolder, model: LanguageModel) -> str:
