@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import retentive
 
 ROOT = Path(retentive.__file__).parents[1]
@@ -96,3 +98,16 @@ except ImportError as error:
     print(json.dumps(str(error)))
 """
     assert fresh(code) == "transformers is missing: pip install 'retentive[hf]'"
+
+
+def test_an_old_transformers_is_named():
+    code = """
+import json, transformers
+transformers.__version__ = "5.3.1"
+try:
+    import retentive.hf
+except ImportError as error:
+    print(json.dumps(str(error)))
+"""
+    pytest.importorskip("transformers")
+    assert fresh(code) == "transformers 5.3.1 is too old: pip install 'transformers>=5.16'"

@@ -17,7 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
+
+if [int(part) for part in transformers.__version__.split(".")[:2]] < [5, 16]:
+    raise ImportError(f"transformers {transformers.__version__} is too old: pip install 'transformers>=5.16'")
+
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -640,6 +645,15 @@ class RetentiveModel(RetentivePreTrainedModel):
     def set_input_embeddings(self, value: Any) -> None:
         self.embed = value
 
+    def check_cache(self, cache: Any) -> None:
+        """Raises TypeError for a cache of another class, ValueError for one of another model."""
+        if not isinstance(cache, RetentiveCache):
+            raise TypeError(f"the cache must be a RetentiveCache, got a {type(cache).__name__}")
+        kinds = ["retention" if isinstance(layer, RetentionMemory) else "attention" for layer in cache.layers]
+        own = [block.kind for block in self.blocks]
+        if kinds != own:
+            raise ValueError(f"the cache is of a model with {len(kinds)} other blocks, this one has {len(own)}")
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -665,8 +679,8 @@ class RetentiveModel(RetentivePreTrainedModel):
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and cache is None:
             cache = RetentiveCache(self.config)
-        if cache is not None and not isinstance(cache, RetentiveCache):
-            raise TypeError(f"the cache must be a RetentiveCache, got a {type(cache).__name__}")
+        if cache is not None:
+            self.check_cache(cache)
         sight = sight_of(x, attention_mask, position_ids, cache, kwargs)
         if self.config.embed_scale:
             x = x * self.config.hidden_size**0.5

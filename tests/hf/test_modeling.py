@@ -144,6 +144,9 @@ def test_bad_calls_are_one_line(ids, as_theirs, refuses):
         theirs(ids, attention_mask=torch.ones(2, 80))
     with refuses("the cache must be a RetentiveCache, got a list", TypeError):
         theirs(ids, **{CACHE: [1]})
+    other = as_theirs(peaked_model(ATTENDING["twin"]))
+    with refuses("the cache is of a model with 2 other blocks, this one has 2"):
+        theirs(ids, **{CACHE: RetentiveCache(other.config)})
     cache = getattr(theirs(ids[:1]), CACHE)
     with refuses("packed texts cannot go on from a cache"):
         theirs(ids[:1], seq_idx=torch.zeros(1, 90), **{CACHE: cache})
