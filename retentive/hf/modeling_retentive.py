@@ -104,6 +104,7 @@ class RetentiveConfig(PreTrainedConfig):
 class RetentionMemory:
     """State of a block of retention, `[B,H,K,V]` in float32; constant in size but while it records."""
 
+    kind = "retention"
     is_compileable = False
     is_sliding = is_linear = False  # not linear for transformers: it then slices off tokens that were read
 
@@ -149,6 +150,7 @@ class RetentionMemory:
 class AttentionMemory:
     """Keys and values `[B,S,heads,K]` with the position of each, below 0 for padding; and gates `[B,S,H]`."""
 
+    kind = "attention"
     is_compileable = False
     is_sliding = is_linear = False
 
@@ -649,10 +651,9 @@ class RetentiveModel(RetentivePreTrainedModel):
         """Raises TypeError for a cache of another class, ValueError for one of another model."""
         if not isinstance(cache, RetentiveCache):
             raise TypeError(f"the cache must be a RetentiveCache, got a {type(cache).__name__}")
-        kinds = ["retention" if isinstance(layer, RetentionMemory) else "attention" for layer in cache.layers]
         own = [block.kind for block in self.blocks]
-        if kinds != own:
-            raise ValueError(f"the cache is of a model with {len(kinds)} other blocks, this one has {len(own)}")
+        if [memory.kind for memory in cache.layers] != own:
+            raise ValueError(f"the cache is of a model with {len(cache.layers)} other blocks, this one has {len(own)}")
 
     def forward(
         self,

@@ -5,6 +5,7 @@ import json
 import pytest
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'retentive[eval]'")
+pytest.importorskip("accelerate", reason="lm-eval's class for transformers needs accelerate: pip install 'lm-eval[hf]'")
 
 import datasets
 from lm_eval import simple_evaluate
