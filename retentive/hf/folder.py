@@ -33,7 +33,7 @@ CARD = Path(__file__).with_name("card.md")
 UNKNOWN = (
     "## Data, numbers, limits, licence\n\nNot recorded in the model's folder: write them here before you publish it.\n"
 )
-"""What the card says of a model without one."""
+"""Section of the model card where the model's folder holds no card."""
 AUTO = {
     "AutoConfig": "RetentiveConfig",
     "AutoModel": "RetentiveModel",

@@ -104,7 +104,6 @@ class RetentiveConfig(PreTrainedConfig):
 class RetentionMemory:
     """State of a block of retention, `[B,H,K,V]` in float32; constant in size but while it records."""
 
-    kind = "retention"
     is_compileable = False
     is_sliding = is_linear = False  # not linear for transformers: it then slices off tokens that were read
 
@@ -150,7 +149,6 @@ class RetentionMemory:
 class AttentionMemory:
     """Keys and values `[B,S,heads,K]` with the position of each, below 0 for padding; and gates `[B,S,H]`."""
 
-    kind = "attention"
     is_compileable = False
     is_sliding = is_linear = False
 
@@ -201,7 +199,8 @@ class RetentiveCache(Cache):
     is_compileable = False
 
     def __init__(self, config: RetentiveConfig):
-        mixers = [block["mixer"] for block in config.each_block()]
+        self.blocks = config.each_block()
+        mixers = [block["mixer"] for block in self.blocks]
         super().__init__(
             layers=[
                 RetentionMemory() if m["kind"] == "retention" else AttentionMemory(m["window"], m["sinks"])
@@ -303,7 +302,7 @@ class RetentiveCache(Cache):
 
 
 class Sight(NamedTuple):
-    """What tokens know of each other."""
+    """Position, padding and text of each token: they decide which tokens see which."""
 
     position: Tensor
     """`[B,T]`, counted in real tokens of their text."""
@@ -651,9 +650,11 @@ class RetentiveModel(RetentivePreTrainedModel):
         """Raises TypeError for a cache of another class, ValueError for one of another model."""
         if not isinstance(cache, RetentiveCache):
             raise TypeError(f"the cache must be a RetentiveCache, got a {type(cache).__name__}")
-        own = [block.kind for block in self.blocks]
-        if [memory.kind for memory in cache.layers] != own:
-            raise ValueError(f"the cache is of a model with {len(cache.layers)} other blocks, this one has {len(own)}")
+        if cache.blocks != (own := self.config.each_block()):
+            raise ValueError(
+                f"the cache is of another model, with {len(cache.blocks)} blocks, expected the {len(own)} blocks of "
+                "this one: make a RetentiveCache of its config"
+            )
 
     def forward(
         self,

@@ -8,14 +8,7 @@ import torch
 from retentive import machine
 from retentive.models import PRESETS
 from retentive.models.presets import Size
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from tests.threads import one_thread as one_thread
 
 
 @pytest.fixture

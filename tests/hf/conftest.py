@@ -5,7 +5,6 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub would wait for it
 
 import pytest
-import torch
 
 pytest.importorskip("transformers", minversion="5.16", reason="needs pip install 'retentive[hf]'")
 
@@ -13,6 +12,7 @@ from retentive.checkpoint import hf, save_model
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.hf import RetentiveConfig, RetentiveForCausalLM, modeling_retentive, to_hf
 from retentive.models import LanguageModel
+from tests.threads import one_thread as one_thread
 
 
 @pytest.fixture(params=["operator", "file"])
@@ -48,11 +48,3 @@ def exported(tmp_path):
         return tmp_path / "theirs"
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -145,7 +145,7 @@ def test_bad_calls_are_one_line(ids, as_theirs, refuses):
     with refuses("the cache must be a RetentiveCache, got a list", TypeError):
         theirs(ids, **{CACHE: [1]})
     other = as_theirs(peaked_model(ATTENDING["twin"]))
-    with refuses("the cache is of a model with 2 other blocks, this one has 2"):
+    with refuses("the cache is of another model, with 2 blocks, expected the 2 blocks of this one"):
         theirs(ids, **{CACHE: RetentiveCache(other.config)})
     cache = getattr(theirs(ids[:1]), CACHE)
     with refuses("packed texts cannot go on from a cache"):
