@@ -193,7 +193,8 @@ function remembered(tokens, size) {
 
 function speed(wait, tokens, ms) {
   $("first").textContent = wait < 1000 ? `${Math.round(wait)} ms` : `${(wait / 1000).toFixed(1)} s`;
-  if (tokens > 1 && ms > 0) $("speed").textContent = count.format(Math.round(((tokens - 1) / ms) * 1000));
+  const rate = ms > 0 ? (tokens - 1) / ms : tokens / wait; // an answer that arrives all at once, as behind a proxy
+  if (tokens > 1) $("speed").textContent = count.format(Math.round(rate * 1000));
 }
 
 // Conversations and their states
