@@ -18,6 +18,7 @@ from torch import Tensor
 from retentive.export.onnx_graph import MICROSOFT, Graph
 from retentive.layers import AttentionConfig, RetentionConfig
 from retentive.models.config import Mixer
+from retentive.ops import decay as decays
 from retentive.ops import rotary
 
 
@@ -77,7 +78,7 @@ def _phases(graph: Graph, c: Mixer, K: int, at: Positions) -> dict[str, str]:
 
 def _decays(graph: Graph, c: RetentionConfig, at: Positions) -> dict[str, str]:
     """Log decays `[B,T,H]` and scales of q `[B,T,H,1]`, where they are no function of the token."""
-    if c.decay == "gated":
+    if c.per_token:
         return {}
     log_decay = torch.tensor(c.log_decay(), dtype=torch.float64)
     heads = graph.add("Concat", at.shape, graph.numbers(c.heads), axis=0)
@@ -178,9 +179,11 @@ def _repeated(graph: Graph, x: str, heads: int, times: int, width: int) -> str:
 
 
 def _decay(graph: Graph, layer: Any, d: str) -> str:
-    """log sigmoid(d) / scale."""
+    """log(gamma) from the projection d: `of_tokens` of ops/decay.py."""
     if layer.decay_proj.bias is not None:
         d = graph.add("Add", d, graph.constant(layer.decay_proj.bias.float()))
+    if layer.config.decay == "sigmoid":
+        return graph.add("Mul", graph.add("Sigmoid", d), graph.constant(np.float32(-decays.FASTEST)))
     return graph.add("Mul", _log_sigmoid(graph, d), graph.constant(np.float32(1 / layer.config.decay_scale)))
 
 

@@ -43,6 +43,7 @@ CACHE = (
 CHUNK = 64
 """Tokens that are computed in parallel in the chunkwise form."""
 ACTIVATIONS = {"swish": F.silu, "gelu": F.gelu, "sigmoid": torch.sigmoid}
+PER_TOKEN = ("gated", "sigmoid")  # decays
 
 
 class RetentiveConfig(PreTrainedConfig):
@@ -420,7 +421,7 @@ class RetentiveRetention(nn.Module):
         self.k_proj = nn.Linear(dim, self.K * self.kv_heads, bias=False)
         self.v_proj = nn.Linear(dim, self.V * self.kv_heads, bias=False)
         self.g_proj = nn.Linear(dim, c["value_dim"], bias=False) if c["gate"] else None
-        self.decay_proj = nn.Linear(dim, self.H, bias=c["decay_bias"]) if c["decay"] == "gated" else None
+        self.decay_proj = nn.Linear(dim, self.H, bias=c["decay_bias"]) if c["decay"] in PER_TOKEN else None
         self.q_norm = RetentiveRMSNorm(self.K, eps) if c["qk_norm"] else None
         self.k_norm = RetentiveRMSNorm(self.K, eps) if c["qk_norm"] else None
         self.q_bias = nn.Parameter(torch.ones(c["key_dim"])) if c["qk_bias"] else None
@@ -456,7 +457,9 @@ class RetentiveRetention(nn.Module):
     def log_decay(self, x: Tensor) -> Tensor:
         """Returns log gamma, float32: `[B,T,H]` from the tokens, or `[H]`."""
         if self.decay_proj is not None:
-            return F.logsigmoid(self.decay_proj(x).float()) / self.c["decay_scale"]
+            z = self.decay_proj(x).float()
+            gated = self.c["decay"] == "gated"
+            return F.logsigmoid(z) / self.c["decay_scale"] if gated else -math.exp(-0.5) * z.sigmoid()
         decay, H = self.c["decay"], self.H
         if decay == "paper":
             decay = [math.log1p(-(2.0 ** (-5 - h))) for h in range(H)]

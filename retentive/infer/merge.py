@@ -62,8 +62,10 @@ def chain(memories: Sequence[Memory]) -> Memory:
         ValueError: as for `merge`, or the decays depend on the tokens.
     """
     mixers, states = _mergeable(memories)
-    if any(mixer.decay == "gated" for mixer in mixers):
-        raise ValueError("memories of a model with gated decay cannot be chained: how much it forgot is not known")
+    if any(mixer.per_token for mixer in mixers):
+        raise ValueError(
+            "memories of a model with a decay per token cannot be chained: how much it forgot is not known"
+        )
     # float64, since a rate close to 1 is raised to the power of a document's length
     decays = [torch.tensor(mixer.log_decay(), dtype=torch.float64)[:, None, None] for mixer in mixers]
     layers: list[Tensor] = [torch.zeros(()) for _ in mixers]  # broadcast in the first sum

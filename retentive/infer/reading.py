@@ -184,7 +184,7 @@ def _apart(model: LanguageModel, tokenizer: Tokenizer, name: str, texts: Texts, 
     parts: list[Memory] = []
     whole, tokens = blank(model, name), 0
     mixers = model.config.mixers  # of retention, or the merge is refused
-    chainable = all(getattr(mixer, "decay", None) != "gated" for mixer in mixers)  # else no chain to compare with
+    chainable = all(not getattr(mixer, "per_token", False) for mixer in mixers)  # else no chain to compare with
 
     def read_on(memory: Memory, document: Document, count: Texts | None) -> Memory:
         last = memory

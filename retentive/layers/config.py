@@ -50,7 +50,7 @@ class RetentionConfig:
     value_dim: int = 0
     """Width of v, g and the head norm over all heads; 0: 5/3 dim, rounded up to 8 per head."""
     decay: str | tuple[float, ...] = "gated"
-    """Decay of the heads: lm, paper, none, gated (computed from each token), or log(gamma) of each head."""
+    """Decay of the heads: lm, paper, none; gated or sigmoid, computed from each token; or log(gamma) of each head."""
     decay_range: tuple[float, float] = decays.LM_RANGE
     """1 - gamma of the first and the last head, for decay lm and for the initial decay_bias."""
     decay_scale: float = 16.0
@@ -108,6 +108,11 @@ class RetentionConfig:
         """(H, K, V): shape of one sequence's state."""
         return self.heads, self.key_dim // self.heads, self.value_dim // self.heads
 
+    @property
+    def per_token(self) -> bool:
+        """True if each token has decays of its own."""
+        return self.decay in decays.PER_TOKEN
+
     def _check_decay(self) -> None:
         fill = object.__setattr__
         if not isinstance(self.decay, str):
@@ -121,16 +126,18 @@ class RetentionConfig:
             raise ValueError(f"decay_range must be two numbers between 0 and 1, got {self.decay_range}")
         if not 0 < self.decay_scale < math.inf:
             raise ValueError(f"decay_scale must be above 0, got {self.decay_scale}")
-        if self.decay == "gated":
+        if self.decay == "sigmoid" and max(self.decay_range) >= -math.expm1(-decays.FASTEST):
+            raise ValueError(f"decay='sigmoid' forgets at most 0.4547 a token, got decay_range={self.decay_range}")
+        if self.per_token:
             if self.score_norm:
                 raise ValueError(
-                    "score_norm needs decays that are known beforehand: set score_norm=False with decay='gated'"
+                    f"score_norm needs decays that are known beforehand: set score_norm=False with decay={self.decay!r}"
                 )
             return
         if self.decay_bias:
             raise ValueError(f"decay_bias is of a decay per token: set decay='gated' with it, got decay={self.decay!r}")
         if isinstance(self.decay, str):
-            one_of("decay schedule", self.decay, (*decays.SCHEDULES, "gated", f"{self.heads} numbers"))
+            one_of("decay schedule", self.decay, (*decays.SCHEDULES, *decays.PER_TOKEN, f"{self.heads} numbers"))
         self.log_decay()  # raises if the number of decays is not heads
 
     def log_decay(self) -> list[float]:

@@ -5,14 +5,13 @@
     out = (swish(g) * y) Wo
 
 Source: arXiv 2307.08621 equation 8; torchscale's multiscale_retention.py for details that the paper leaves open. With
-decay "gated", log(gamma) of each token is log sigmoid(x Wd) / 16: gated retention (YOCO, arXiv 2405.05254).
+decay "gated", log(gamma) of each token is log sigmoid(x Wd) / 16 (ops/decay.py has others).
 """
 
 import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retentive.layers.config import GATES, RetentionConfig
@@ -29,7 +28,7 @@ class Phases(NamedTuple):
     cos: Tensor  # [T, K/2] or [B, T, K/2]
     sin: Tensor
     q_scale: Tensor  # [T or 1, H] or [B, T, H]: K^-1/2, times the row norm
-    log_decay: Tensor  # [H]; empty if each layer computes its own from x (decay "gated")
+    log_decay: Tensor  # [H]; empty if each layer computes its own from x
 
 
 class MultiScaleRetention(nn.Module):
@@ -49,7 +48,7 @@ class MultiScaleRetention(nn.Module):
         self.k_proj = nn.Linear(c.dim, self.K * c.kv_heads, bias=False)
         self.v_proj = nn.Linear(c.dim, self.V * c.kv_heads, bias=False)
         self.g_proj = nn.Linear(c.dim, c.value_dim, bias=False) if c.gate else None
-        self.decay_proj = nn.Linear(c.dim, c.heads, bias=c.decay_bias) if c.decay == "gated" else None
+        self.decay_proj = nn.Linear(c.dim, c.heads, bias=c.decay_bias) if c.per_token else None
         self.q_norm = RMSNorm(self.K, eps=c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(self.K, eps=c.norm_eps) if c.qk_norm else None
         # ones, so that a new head also reads what its decay alone weighs, independent of the tokens
@@ -106,9 +105,9 @@ class MultiScaleRetention(nn.Module):
         return self._feature(x, self.k_proj, self.k_norm, self.k_bias)
 
     def decay_of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns the tokens' log decays `[…,H]`, for decay "gated"."""
-        assert self.decay_proj is not None
-        return F.logsigmoid(self.decay_proj(x).to(dtype)) / self.config.decay_scale
+        """Returns the tokens' log decays `[…,H]`, if each token has its own."""
+        assert self.decay_proj is not None and isinstance(self.config.decay, str)
+        return decays.of_tokens(self.config.decay, self.decay_proj(x).to(dtype), self.config.decay_scale)
 
     def out(self, x: Tensor, o: Tensor) -> Tensor:
         """Returns `[…,D]` from the heads' outputs `[…,H,V]`: normalised, gated by x, and projected."""
@@ -139,9 +138,12 @@ class MultiScaleRetention(nn.Module):
                 nn.init.xavier_uniform_(proj.weight, gain=math.pow(2, -2.5))
         nn.init.xavier_uniform_(self.out_proj.weight, gain=0.5)
         if self.decay_proj is not None and self.decay_proj.bias is not None:
-            first = decays.log_decay("lm", self.H, dtype=torch.float64, lm_range=self.config.decay_range)
+            c, first = (
+                self.config,
+                decays.log_decay("lm", self.H, dtype=torch.float64, lm_range=self.config.decay_range),
+            )
             with torch.no_grad():
-                self.decay_proj.bias.copy_(decays.logit(self.config.decay_scale * first))
+                self.decay_proj.bias.copy_(decays.bias_for(str(c.decay), first, c.decay_scale))
         for vector in (self.q_bias, self.k_bias):
             if vector is not None:
                 nn.init.ones_(vector)

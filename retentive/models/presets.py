@@ -217,7 +217,7 @@ def _twin_block(block: BlockConfig, norm_eps: float, kv_heads: int = 0) -> Block
     shared = c.kv_heads / c.heads
     # In units of D parameters: the RetNet block's parameters, minus those of the twin's attention.
     retention = (1 + shared) * c.key_dim + (shared + (2 if c.gate else 1)) * c.value_dim
-    retention += c.heads if c.decay == "gated" else 0
+    retention += c.heads if c.per_token else 0
     feed_forward = (3 if block.ffn.gate else 2) * block.ffn.width if block.ffn else 0
     attention = 2 * c.dim * (1 + (kv_heads or c.heads) / c.heads)
     mixer = AttentionConfig(dim=c.dim, heads=c.heads, kv_heads=kv_heads, norm_eps=norm_eps)

@@ -112,7 +112,8 @@ def _begin(block: Any, source: Any, *, alone: bool) -> None:
     new.q_proj.weight.copy_(_mean_of_groups(old.q_proj.weight, new.H, old.H, old.K))
     if new.decay_proj is not None and new.decay_proj.bias is not None:
         new.decay_proj.weight.zero_()
-        new.decay_proj.bias.copy_(bias_of(half_lives(new.H), new.config.decay_scale))
+        log_decay = -math.log(2) / half_lives(new.H)
+        new.decay_proj.bias.copy_(decays.bias_for(new.config.decay, log_decay, new.config.decay_scale))
     if alone:
         new.out_proj.weight.copy_(old.out_proj.weight)
     else:
@@ -128,8 +129,3 @@ def half_lives(heads: int) -> Tensor:
     """Half-life of each head in tokens, float64 `[H]`: spread evenly in the logarithm over HALF_LIVES."""
     first, last = (math.log(x) for x in HALF_LIVES)
     return torch.linspace(first, last, heads, dtype=torch.float64).exp()
-
-
-def bias_of(half_life: Tensor, decay_scale: float) -> Tensor:
-    """Bias of a decay per token with these half-lives while its projection is 0."""
-    return decays.logit(-math.log(2) / half_life * decay_scale)

@@ -30,6 +30,8 @@ ACTIVATIONS = ("swish", "gelu", "sigmoid")
 """Activations, numbered as in c/model.h."""
 MIXERS = ("retention", "attention")
 """Kinds of layers, numbered as in c/model.h."""
+GATED = ("", "gated", "sigmoid")
+"""Decays per token, numbered as `gated` in c/model.h."""
 
 
 class Rows(NamedTuple):
@@ -163,9 +165,10 @@ class Packed:
         )  # fmt: skip
 
     def _retention(self, mixer: Any, c: Any) -> dict[str, Any]:
-        fixed, decay = [] if c.decay == "gated" else c.log_decay(), mixer.decay_proj
+        fixed, decay = [] if c.per_token else c.log_decay(), mixer.decay_proj
         return dict(
-            V=mixer.V, gate=c.gate, gate_activation=ACTIVATIONS.index(c.gate_activation), gated=c.decay == "gated",
+            V=mixer.V, gate=c.gate, gate_activation=ACTIVATIONS.index(c.gate_activation),
+            gated=GATED.index(c.decay) if c.per_token else 0,
             normed_heads=c.head_norm, joint=c.head_norm_joint, head_norm=self._vector(mixer.head_norm),
             decay_scale=c.decay_scale,
             log_decay=self._kept((ctypes.c_float * len(fixed))(*fixed)) if fixed else None,

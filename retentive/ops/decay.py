@@ -5,6 +5,11 @@
           two other numbers
 `none`    gamma_h = 1: linear attention without decay (the paper's ablation)
 
+Or log(gamma) of each token, from a projection z of it:
+
+`gated`   log sigmoid(z) / 16: gated retention (YOCO, arXiv 2405.05254)
+`sigmoid` -exp(-1/2) sigmoid(z): RWKV-7's (arXiv 2503.14456), so gamma is above 0.545
+
 Everything is built from float64 with log1p: in float32, 1 - 2^-25 is 1, and heads 20 and up would never forget.
 """
 
@@ -12,12 +17,16 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from retentive.ops.transforms import transformed
 
 SCHEDULES = ("paper", "lm", "none")
+PER_TOKEN = ("gated", "sigmoid")
 LM_RANGE = (1 / 32, 1 / 512)
+FASTEST = math.exp(-0.5)
+"""Decay `sigmoid`: -log(gamma) is below this."""
 
 
 def values(schedule: str | Sequence[float], heads: int, lm_range: tuple[float, float] = LM_RANGE) -> list[float]:
@@ -56,8 +65,25 @@ def log_decay(
     return torch.tensor(values(schedule, heads, lm_range), dtype=dtype, device=device)
 
 
+def of_tokens(kind: str, z: Tensor, scale: float) -> Tensor:
+    """Returns log(gamma) of tokens from their projections `z`, for a decay of PER_TOKEN.
+
+    Args:
+        scale: divisor of the log sigmoid, for `gated`.
+    """
+    return F.logsigmoid(z) / scale if kind == "gated" else -FASTEST * z.sigmoid()
+
+
+def bias_for(kind: str, log_decay: Tensor, scale: float) -> Tensor:
+    """Returns z with `of_tokens(kind, z, scale) == log_decay` < 0: the bias of new gates whose projections are near 0.
+
+    For `sigmoid` the log decay must be above -FASTEST.
+    """
+    return logit(log_decay * scale if kind == "gated" else torch.log(-log_decay / FASTEST))
+
+
 def logit(log_p: Tensor) -> Tensor:
-    """Returns x with log sigmoid(x) = `log_p` < 0. As a bias, it gives new gates the decays `exp(log_p)`."""
+    """Returns x with log sigmoid(x) = `log_p` < 0."""
     return log_p - torch.log(-torch.expm1(log_p))
 
 

@@ -14,6 +14,7 @@ VARIANTS = {
     "none": {"decay": "none", "score_norm": True, "rotary": "none", "gate": False},
     "numbers": {"decay": (-0.1, -0.7), "rotary": "half", "gate_activation": "sigmoid", "ffn_gate": False},
     "shared heads": {"heads": 4, "kv_heads": 2, "qk_bias": True, "decay_bias": True, "activation": "gelu"},
+    "decay of RWKV-7": {"decay": "sigmoid", "decay_bias": True, "rotary": "none", "gate_activation": "sigmoid"},
     "shifted": {"qk_norm": False, "qk_bias": True, "head_norm": True, "head_norm_affine": True},
     "embedded": {"embed_scale": True, "embed_norm": True, "final_norm": False},
     "paper, slow heads": {"decay": "paper", "heads": 8, "score_norm": True, "value_dim": 128},

@@ -43,6 +43,7 @@ VARIANTS = {
     "gated-decay": dict(decay="gated", score_norm=False),
     "gated-decay-kv-heads": dict(decay="gated", score_norm=False, kv_heads=2),
     "gated-decay-scale-bias": dict(decay="gated", score_norm=False, decay_scale=3.0, decay_bias=True),
+    "sigmoid-decay": dict(decay="sigmoid", score_norm=False, decay_bias=True, kv_heads=2),
     "decay-range": dict(decay_range=(1 / 4, 1 / 64)),
     "no-rotation": dict(rotary="none"),
     "qk-norm": dict(qk_norm=True, kv_heads=2),
@@ -98,6 +99,10 @@ def formula(layer: MultiScaleRetention, x: torch.Tensor, variant: str) -> torch.
         bias = layer.decay_proj.bias if c["decay_bias"] else 0
         kept = torch.sigmoid(x @ layer.decay_proj.weight.T + bias)
         since = (torch.log(kept) / c["decay_scale"]).cumsum(1).transpose(1, 2)
+        mask = (since[..., :, None] - since[..., None, :]).exp().tril()
+    elif c["decay"] == "sigmoid":
+        rate = math.exp(-0.5) / (1 + torch.exp(-(x @ layer.decay_proj.weight.T + layer.decay_proj.bias)))
+        since = -rate.cumsum(1).transpose(1, 2)
         mask = (since[..., :, None] - since[..., None, :]).exp().tril()
     else:
         gamma = torch.tensor([math.exp(g) for g in decay.values(c["decay"], H, c["decay_range"])], dtype=torch.float64)
@@ -172,12 +177,14 @@ def test_packed_sequences_are_the_sequences(variant, same):
         same((out[:, a:b], states[n : n + 1]), (want, state), EXACT, f"sequence {n}")
 
 
-def test_a_fresh_decay_bias_has_the_decays_of_its_range():
+@pytest.mark.parametrize("kind", ["gated", "sigmoid"])
+def test_a_fresh_decay_bias_has_the_decays_of_its_range(kind):
     layer = MultiScaleRetention(
-        RetentionConfig(dim=D, heads=H, decay="gated", score_norm=False, decay_bias=True, decay_range=(1 / 4, 1 / 99))
+        RetentionConfig(dim=D, heads=H, decay=kind, score_norm=False, decay_bias=True, decay_range=(1 / 4, 1 / 99))
     )
     layer.reset_parameters()
-    fresh = F.logsigmoid(layer.decay_proj.bias) / 16
+    bias = layer.decay_proj.bias
+    fresh = F.logsigmoid(bias) / 16 if kind == "gated" else -math.exp(-0.5) / (1 + torch.exp(-bias))
     want = torch.tensor(decay.values("lm", H, (1 / 4, 1 / 99)))
     torch.testing.assert_close(fresh, want, rtol=1e-5, atol=0)  # float32 parameters
 
@@ -186,6 +193,8 @@ def test_a_fresh_decay_bias_has_the_decays_of_its_range():
     ("changes", "message"),
     [
         (dict(score_norm=True), "score_norm"),
+        (dict(decay="sigmoid", score_norm=True), "score_norm"),
+        (dict(decay="sigmoid", score_norm=False, decay_range=(0.5, 0.1)), "decay_range"),
         (dict(decay="lm", decay_bias=True), "decay='gated'"),
         (dict(decay_range=(0.5, float("nan"))), "decay_range"),
         (dict(decay_range=(0.5,)), "decay_range"),

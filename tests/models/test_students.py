@@ -1,12 +1,14 @@
 """Students begin as their teacher in a window, or as retention with the teacher's weights."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from retentive.models import build, retnet, transformer
-from retentive.models.students import bias_of, half_lives, student, take_over
+from retentive.models.students import half_lives, student, take_over
+from retentive.ops import decay as decays
 
 TEACHER = transformer(vocab_size=61, dim=64, layers=3, heads=4, kv_heads=2, tie_embeddings=True)
 
@@ -100,6 +102,6 @@ def test_another_teacher_is_refused():
 
 def test_a_bias_gives_its_half_life():
     wanted = half_lives(5)
-    log_decay = torch.nn.functional.logsigmoid(bias_of(wanted, 16.0)) / 16.0
+    log_decay = decays.of_tokens("gated", decays.bias_for("gated", -math.log(2) / wanted, 16.0), 16.0)
     torch.testing.assert_close((wanted * log_decay).exp(), torch.full((5,), 0.5, dtype=torch.float64))
     assert wanted[0].item() == pytest.approx(32) and wanted[-1].item() == pytest.approx(1024)

@@ -31,6 +31,7 @@ RETNETS = {
     **{name: fields for name, fields in ARCHITECTURES.items() if fields},
     "kv-heads": dict(heads=4, kv_heads=2, head_norm=True, head_norm_affine=True),
     "biases": dict(decay_bias=True, qk_bias=True, decay_scale=4.0, rotary="none", gate_activation="sigmoid"),
+    "sigmoid-decay": dict(decay="sigmoid", decay_bias=True, rotary="none", qk_norm=False, heads=4),
     "plain": dict(gate=False, ffn_gate=False, activation="gelu", final_norm=False, ffn_dim=50, qk_norm=False),
     "joint-norm": dict(head_norm=True, head_norm_affine=True, head_norm_joint=True, gate_activation="sigmoid"),
     "odd-widths": dict(ffn_dim=50, heads=6, value_dim=54),

@@ -53,6 +53,7 @@ RETNETS = {
     "paper": ARCHITECTURES["retnet-paper"],
     "fla": ARCHITECTURES["fla"],
     "biases": dict(decay_bias=True, qk_bias=True, rotary="half", heads=4, kv_heads=2, tie_embeddings=True),
+    "sigmoid-decay": dict(decay="sigmoid", decay_bias=True, rotary="none", gate_activation="sigmoid"),
     "plain": dict(gate=False, ffn_gate=False, activation="gelu", final_norm=False, decay="lm", qk_norm=False),
     "own-decays": dict(decay=(-0.3, 0.0), embed_norm=True, embed_scale=True, rotary="none", gate_activation="sigmoid"),
 }

@@ -82,10 +82,10 @@ static void expect(Folder *f, int holds) {
 
 /* ---- layers ---- */
 
-/* log(gamma) of each head, as ops/decay.py has it; NULL for "gated" */
+/* log(gamma) of each head, as ops/decay.py has it; NULL for a decay per token */
 static const double *decays_of(Folder *f, const Json *mixer, i64 H) {
     const Json *decay = item(mixer, "decay"), *range = item(mixer, "decay_range");
-    if (is_text(decay, "gated")) return NULL;
+    if (is_text(decay, "gated") || is_text(decay, "sigmoid")) return NULL;
     const Json *own = decay && decay->type == ARRAY ? decay->child : NULL;
     double *log_decay = keep(f, H * 8);
     for (i64 h = 0; h < H && !f->bad; h++) {
@@ -161,7 +161,8 @@ static void retention_of(Folder *f, const Json *mixer, Layer *layer) {
     layer->decay_scale = number_of(f, mixer, "decay_scale");
     const double *log_decay = decays_of(f, mixer, H);
     float *as_floats = log_decay ? keep(f, H * 4) : NULL;
-    layer->gated = !log_decay && !f->bad, layer->log_decay = as_floats;
+    layer->gated = log_decay || f->bad ? 0 : is_text(item(mixer, "decay"), "sigmoid") ? BOUNDED : 1;
+    layer->log_decay = as_floats;
     for (i64 h = 0; as_floats && h < H; h++) as_floats[h] = (float)log_decay[h];
     turn_of(f, mixer, "rotary", number_of(f, mixer, "score_norm") ? log_decay : NULL, layer);
 }

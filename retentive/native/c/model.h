@@ -15,6 +15,8 @@ typedef struct {                    /* how queries and keys are turned and scale
     const double *log_decay;        /* [H] for row_norm; NULL where it is a function of the token */
 } Turn;
 
+enum { BOUNDED = 2 }; /* `gated` of a decay "sigmoid" */
+
 typedef struct {
     i64 kind, H, kv, K, V, F;                   /* V is K where the layer attends; F: 0 for no feed-forward layer */
     i64 gate, gate_activation, gated, normed_heads; /* gate, ffn_gate: whether there is one; gated: a decay, or a forget

@@ -40,7 +40,7 @@ static void by_steps(Block *b, const Layer *layer, Memory *ring, const Self *me)
 static Call call_of(const Block *b, const Layer *layer, const Memory *memory) { /* the operator's */
     i64 H = layer->H, K = layer->K, V = layer->V;
     i64 C = K <= 64 ? 64 : 128; /* as ops/backends.py has it; a divisor of BLOCK_TOKENS */
-    Call call = {b->c->N, H, K, V, C, 1, b->c->dtype, pairs_of(b->c->dtype), layer->gated, 1};
+    Call call = {b->c->N, H, K, V, C, 1, b->c->dtype, pairs_of(b->c->dtype), layer->gated != 0, 1};
     call.q_stride = call.k_stride = H * K, call.v_stride = H * V;
     call.scale = 1, call.begin = b->begin, call.q = b->q, call.k = b->k, call.v = b->v, call.o = b->o;
     call.log_decay = layer->gated ? b->log_decay : layer->log_decay;

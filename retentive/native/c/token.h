@@ -108,9 +108,10 @@ static void key_and_value(const Layer *layer, const float *y, const float *turn,
     write_rows(dtype, y + row_of_v(layer) + g * V, V, 1, V, v, V);
 }
 
-/* The logarithm of a token's gate, log sigmoid: its decay in retention (before decay_scale), forgetting in attention. */
+/* The logarithm of a token's gate: its decay in retention (`of_tokens` of ops/decay.py), forgetting in attention. */
 static float log_gate(const Layer *layer, const float *y, i64 h) {
     float z = y[row_of_decay(layer) + h] + (layer->decay_bias ? layer->decay_bias[h] : 0);
+    if (layer->gated == BOUNDED) return -0.60653066f / (1 + expf(-z)); /* exp(-1/2) */
     return -(fmaxf(-z, 0) + log1pf(expf(-fabsf(z)))) / (float)layer->decay_scale + z * 0; /* NaN stays */
 }
 

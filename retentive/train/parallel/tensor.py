@@ -80,7 +80,7 @@ def _keep_heads(layer: Any, axis: Axis, configs: dict[int, Any]) -> None:
         shape = {**heads_of(layer), "head_dim": layer.K}
         if isinstance(layer, MultiScaleRetention):
             decay = whole.decay
-            if decay != "gated":  # fixed decays: take those of this rank's heads
+            if not whole.per_token:  # fixed decays: take those of this rank's heads
                 decay = tuple(whole.log_decay()[axis.rank * layer.H : (axis.rank + 1) * layer.H])
             widths = {"key_dim": layer.K * layer.H, "value_dim": layer.V * layer.H}
             shape = {**heads_of(layer), **widths, "decay": decay}
