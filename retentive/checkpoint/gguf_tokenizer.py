@@ -2,13 +2,15 @@
 
 gpt2      byte-level BPE with merges; `tokenizer.ggml.pre` names the split into words before merging
 llama     SentencePiece's BPE: pieces with scores, unknown characters as bytes
+
+Written are byte-level BPE and plain bytes, which are one without merges.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from retentive.data.tokenizer import BPETokenizer
+from retentive.data.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Values of tokenizer.ggml.token_type."""
@@ -19,12 +21,19 @@ WORDS = (
 )
 PATTERNS: dict[str, tuple[str, ...]] = {
     "gpt-2": (GPT2,),
+    "trillion": (GPT2,),
     "smollm": (r"\p{N}", GPT2),
     "llama-bpe": (WORDS.format(digits=r"\p{N}{1,3}"),),
     "qwen2": (WORDS.format(digits=r"\p{N}"),),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
 """Regular expressions by the name in tokenizer.ggml.pre, each splitting the pieces of the one before."""
+WRITTEN = {True: "smollm", False: "trillion"}
+"""Names of GPT-2's split, by whether every digit is a word of its own. Under its other names, gpt-2 and starcoder,
+llama.cpp drops spaces before punctuation when it decodes."""
+DIGITS = {"type": "Digits", "individual_digits": True}
+NO_MERGES = ["none none"]
+"""List for a tokenizer without merges: llama.cpp refuses an empty one, and this joins tokens that do not exist."""
 SPACE = "\u2581"
 """SentencePiece's space."""
 
@@ -58,6 +67,63 @@ def read_tokenizer(fields: Mapping[str, Any]) -> BPETokenizer | None:
     return BPETokenizer(text, eos=token_of(fields, "eos"), bos=token_of(fields, "bos"))
 
 
+def written(tokenizer: Tokenizer, vocab_size: int, template: str | None) -> dict[str, Any]:
+    """Returns the metadata of a tokenizer and its chat template, by key.
+
+    Raises:
+        ValueError: llama.cpp has no name for its kind, or for its split of words.
+    """
+    vocabulary = tokenizer.vocabulary()
+    if isinstance(vocabulary, str):
+        content = json.loads(vocabulary)
+        names = {id: name for name, id in content["model"]["vocab"].items()}
+        merges = [x if isinstance(x, str) else " ".join(x) for x in content["model"].get("merges", [])]
+        pre = WRITTEN[_splits_digits(content)]
+    elif all(len(x) == 1 for x in vocabulary.values()):
+        names, merges, pre = {id: _characters()[x[0]] for id, x in vocabulary.items()}, [], WRITTEN[False]
+    else:
+        raise ValueError("llama.cpp reads byte-level BPE of Hugging Face tokenizers and bytes: this is tiktoken's")
+    control = dict(tokenizer.special) or {END_OF_TEXT: tokenizer.eos_id}
+    names |= {id: name for name, id in control.items()}
+    types = {**dict.fromkeys(names, NORMAL), **dict.fromkeys(control.values(), CONTROL)}
+    found: dict[str, Any] = {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": [names.get(id, f"[PAD{id}]") for id in range(vocab_size)],
+        "token_type": [types.get(id, UNUSED) for id in range(vocab_size)],
+        "merges": merges or NO_MERGES,
+        "eos_token_id": tokenizer.eos_id,
+        "bos_token_id": tokenizer.eos_id,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_space_prefix": False,
+    }
+    words = {f"tokenizer.ggml.{name}": value for name, value in found.items()}
+    return words if template is None else {**words, "tokenizer.chat_template": template}
+
+
+def _splits_digits(content: Mapping[str, Any]) -> bool:
+    """True if every digit is a word of its own; raises ValueError if words are not split as GPT-2 does otherwise."""
+    pre = content.get("pre_tokenizer") or {}
+    parts = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
+    patterns = [part.get("pattern", {}).get("Regex") for part in parts]
+    if patterns[:-1] in ([r"\p{N}", GPT2], [GPT2]) and parts[-1].get("type") == "ByteLevel":  # read from a GGUF file
+        digits, known = len(parts) == 3, True
+    else:
+        digits = parts[0] == DIGITS
+        known = len(parts) == 1 + digits and parts[-1].get("type") == "ByteLevel" and parts[-1].get("use_regex", True)
+    if content["model"].get("type") != "BPE" or content.get("normalizer") or not known or parts[-1]["add_prefix_space"]:
+        raise ValueError("llama.cpp has no name for how this tokenizer splits words: expected GPT-2's byte-level BPE")
+    return digits
+
+
+def _characters() -> list[str]:
+    """GPT-2's printable character for each byte."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in shown else chr(next(others)) for byte in range(256)]
+
+
 def token_of(fields: Mapping[str, Any], name: str) -> str | None:
     """Returns the token with a role, "bos" or "eos"; None if the metadata name none.
 
@@ -80,7 +146,7 @@ def _byte_level(fields: Mapping[str, Any], vocab: Mapping[str, int], types: Sequ
         for pattern in PATTERNS[pre]
     ]
     to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    merges = [merge.split(" ") for merge in _list(fields, "merges")]
+    merges = [merge.split(" ") for merge in _list(fields, "merges") if merge not in NO_MERGES]
     return {
         "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, to_bytes]},

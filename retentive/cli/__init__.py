@@ -28,7 +28,10 @@ VERBS = {
     "report": ("retentive.cli.report", "build one page from all results in a folder, beside the paper's tables"),
     "info": ("retentive.cli.info", "show the architecture and the costs of a model, a run or a size"),
     "quantize": ("retentive.cli.quantize", "write a model folder with 8-bit or 4-bit weights"),
-    "export": ("retentive.cli.export", "export a model for another runtime: ONNX, C sources, a web page"),
+    "export": (
+        "retentive.cli.export",
+        "export a model for another runtime: GGUF, ONNX, C sources, a web page, transformers",
+    ),
     "convert": (
         "retentive.cli.convert",
         "convert model folders between our layout, torchscale's, fla's and Llama's",

@@ -1,6 +1,7 @@
 """`retentive export`: write a model for another runtime, in a new folder."""
 
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,6 +10,7 @@ import tyro
 from rich.filesize import decimal
 
 from retentive.checkpoint import ModelFolder
+from retentive.cli.data import shown
 from retentive.cli.loading import Limits
 from retentive.cli.parsing import parse
 from retentive.cli.progress import say
@@ -21,13 +23,16 @@ class ExportCommand(Limits):
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run directory, model folder, .gguf file, the shipped model novels, hf:owner/name on the hub, or pypi:NAME."""
-    to: Literal["onnx", "native", "browser", "hf"]
+    to: Literal["onnx", "native", "browser", "gguf", "hf"]
     """onnx: one graph, for onnxruntime. native: sources in C, for phones and any other machine with a C compiler.
-    browser: a page that any file server serves. hf: a folder for transformers, PEFT, TRL and the hub."""
+    browser: a page that any file server serves. gguf: a file for llama.cpp, ollama and LM Studio. hf: a folder for
+    transformers, PEFT, TRL and the hub."""
     out: Path
     """Folder to make."""
     weights: Literal["stored", "int8", "int4"] = "stored"
     """Quantise first. `retentive quantize --text` gives better 4-bit weights: export its folder as stored."""
+    type: Literal["f32", "f16", "q8_0", "q4_0"] | None = None
+    """Type of the matrices in a GGUF file. Default: f16."""
     standard: bool = False
     """Use ONNX's standard operators only (opset 27), for any runtime; onnxruntime is faster with its own."""
     tokenizer: str | None = None
@@ -38,8 +43,14 @@ NEXT = {
     "onnx": "retentive generate {file} --prompt …",
     "native": "cmake -B build {out} && cmake --build build && build/write {file}",
     "browser": "python -m http.server --bind 127.0.0.1 --directory {out}",
+    "gguf": "llama-server -m {file}",
 }
 """Next command for each kind of export."""
+
+UNCHECKED = {"gguf": "llama-cpp-python is not installed"} | dict.fromkeys(
+    ("native", "browser"), "no C compiler works here"
+)
+"""Why logits were not compared."""
 
 
 def main(argv: list[str]) -> None:
@@ -48,22 +59,25 @@ def main(argv: list[str]) -> None:
 
 def run(command: ExportCommand) -> None:
     """Write it, and say how large it is and how close to the model."""
-    how = {"weights": command.weights, "standard": command.standard, "tokenizer": command.tokenizer}
+    how = {name: getattr(command, name) for name in ("weights", "standard", "type", "tokenizer")}
     source = command.limited(command.source)
     if command.to == "hf":
         write_hf(command, source)
         return
-    file, nbytes, off = export(source, command.to, command.out, **how)  # type: ignore[arg-type]
+    with shown(sys.stderr) as progress:
+        file, nbytes, off = export(source, command.to, command.out, progress=progress, **how)
     checked = off is not None
-    close = f"differ from torch's by {off:.1e} (relative)" if checked else "were not checked: no C compiler works here"
+    close = f"differ from torch's by {off:.1e} (relative)" if checked else f"were not checked: {UNCHECKED[command.to]}"
     say(f"{file}: {decimal(nbytes)}; the next token's logits {close}")
     say(f"next: {NEXT[command.to].format(file=shlex.quote(str(file)), out=shlex.quote(str(command.out)))}")
 
 
 def write_hf(command: ExportCommand, source: ModelFolder) -> None:
     """Write it for transformers."""
-    if command.weights != "stored" or command.standard:
-        raise ValueError("--weights and --standard are for other runtimes: transformers' classes have floats only")
+    if command.weights != "stored" or command.standard or command.type:
+        raise ValueError(
+            "--weights, --type and --standard are for other runtimes: transformers' classes have floats only"
+        )
     from retentive.hf import to_hf
 
     off = to_hf(source, command.out, tokenizer=command.tokenizer)

@@ -29,7 +29,13 @@ TRIES = 20
 
 
 def write_chats(
-    teacher: ModelFolder, file: Path, tokens: int, *, seed: int = 0, progress: Progress | None = None
+    teacher: ModelFolder,
+    file: Path,
+    tokens: int,
+    *,
+    questions: Sequence[str] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> int:
     """Writes conversations of one question and one answer, until they have `tokens` tokens; returns their number.
 
@@ -37,6 +43,7 @@ def write_chats(
 
     Args:
         file: .jsonl file to write, one conversation a line. It appears when all are written.
+        questions: asked in turn, from the beginning again after the last, in place of questions that it writes itself.
         progress: called with what is done, the tokens so far, and `tokens`.
 
     Raises:
@@ -51,10 +58,13 @@ def write_chats(
         made = json.loads(kept.read_text(encoding="utf-8"))
     while made["tokens"] < tokens:
         seeds = count(seed * 1_000_003 + 2 * TOGETHER * made["rounds"])
-        questions = [q for q in answers(engine, template, [begin] * TOGETHER, "user", seeds) if q]
-        said = [[{"role": "user", "content": tokenizer.decode(q).strip()}] for q in questions]
-        said = [messages for messages in said if messages[0]["content"]]
-        prompts = [template.first(messages) for messages in said]
+        if questions:
+            asked = [questions[(TOGETHER * made["rounds"] + n) % len(questions)] for n in range(TOGETHER)]
+        else:
+            own = answers(engine, template, [begin] * TOGETHER, "user", seeds)
+            asked = [text for text in (tokenizer.decode(ids).strip() for ids in own) if text]
+        said = [[{"role": "user", "content": text}] for text in asked]
+        prompts, before = [template.first(messages) for messages in said], len(made["lines"])
         for messages, prompt, answer in zip(
             said, prompts, answers(engine, template, prompts, "assistant", seeds), strict=True
         ):
@@ -62,9 +72,9 @@ def write_chats(
                 messages.append({"role": "assistant", "content": tokenizer.decode(answer).strip()})
                 made["lines"].append(json.dumps({"messages": messages}, ensure_ascii=False))
                 made["tokens"] += len(prompt) + len(answer)
-        empty = 0 if prompts else empty + 1
+        empty = 0 if len(made["lines"]) > before else empty + 1
         if empty == TRIES:
-            raise ValueError(f"{teacher.name} ends none of the questions that it writes: leave out `from_teacher`")
+            raise ValueError(f"{teacher.name} ends none of the messages that it writes: leave out `from_teacher`")
         made["rounds"] += 1
         write_json(kept, made)
         if progress:

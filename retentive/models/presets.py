@@ -62,9 +62,25 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "retnet-paper": PLAIN | dict(decay="lm", decay_range=decays.LM_RANGE, rotary="interleaved", score_norm=True),
     "torchscale": PLAIN | dict(decay="paper", rotary="interleaved", score_norm=True, embed_scale=True),
     "fla": PLAIN | dict(decay="paper", rotary="half", score_norm=False, head_norm_affine=True),
+    # what llama.cpp can run as well (`checkpoint/rwkv.py`), with the shape of PORTABLE
+    "retnet-portable": dict(
+        decay="sigmoid",
+        decay_bias=True,
+        rotary="none",
+        qk_norm=False,
+        qk_bias=False,
+        score_norm=False,
+        head_norm=False,
+        gate=True,
+        gate_activation="sigmoid",
+        embed_norm=False,
+        final_norm=True,
+    ),
 }
 """Named RetNets, with the fields that each name fixes. `retnet`, this package's own, has the fields' defaults and fixes
 none: any of them may be changed."""
+PORTABLE = 64
+"""Features of a head of `retnet-portable`, for queries, keys and values."""
 
 
 class Size(NamedTuple):
@@ -148,7 +164,19 @@ def retnet(size: str | None = None, *, architecture: str = "retnet", **changes: 
     if other:
         stands = ", ".join(f"{field}={meant[field]!r} (got {value!r})" for field, value in other.items())
         raise ValueError(f"{name} stands for {stands}: leave it out, or change a RetNet without that name")
+    if name == "retnet-portable":
+        same = {**DEFAULTS, **shape, **changes}
+        shape = shape | _portable(same["dim"], same["heads"])
     return _retnet(**{**DEFAULTS, **shape, **meant, **changes})
+
+
+def _portable(dim: int, heads: int) -> dict[str, int]:
+    """Shape of `retnet-portable`: about as many parameters as our own RetNet of this width with these heads, but values
+    as wide as keys. Its feed-forward layer is a multiple of 32, for blocks of integers."""
+    if dim % PORTABLE:
+        raise ValueError(f"retnet-portable has heads of {PORTABLE}, of which dim {dim} is no multiple: change dim")
+    width = 2 * RetentionConfig(dim, heads).value_dim - dim  # 3 D of it make up for values that are less wide
+    return {"heads": dim // PORTABLE, "value_dim": dim, "ffn_dim": 32 * round(width / 32)}
 
 
 def _size(name: str) -> Size:

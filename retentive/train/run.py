@@ -68,10 +68,20 @@ class TrainRun:
     """Model size: 1m, 2m, 5m, 10m, 25m, 60m, 130m, 350m (parameters of the blocks), or a published one (retentive info
     --sizes)."""
     model: Literal[
-        "retnet", "retnet-paper", "torchscale", "fla", "transformer", "hybrid", "llama", "mamba", "mamba2", "rwkv"
+        "retnet",
+        "retnet-portable",
+        "retnet-paper",
+        "torchscale",
+        "fla",
+        "transformer",
+        "hybrid",
+        "llama",
+        "mamba",
+        "mamba2",
+        "rwkv",
     ] = "retnet"
-    """Architecture. A RetNet: ours, the paper's, torchscale's or fla's. Or a model of the same width and parameter
-    count: its Transformer twin, a hybrid of both, or a peer (extra `peers`)."""
+    """Architecture. A RetNet: ours, one that llama.cpp runs too (portable), the paper's, torchscale's or fla's. Or a
+    model of the same width and parameter count: its Transformer twin, a hybrid of both, or a peer (extra `peers`)."""
     set: Mapping[str, Any] = field(default_factory=dict)
     """Changes to the model's config, such as decay=paper heads=2 dropout=0.1, and to its encoders' configs, such as
     image.layers=4."""

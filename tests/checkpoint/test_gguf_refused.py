@@ -124,7 +124,9 @@ def test_other_architectures_types_and_parts_are_refused(original, tmp_path, ref
 
 
 def test_tokenizers_that_are_not_read_are_refused(worded, original, tmp_path, refuses):
-    with refuses("its tokenizer splits words by 'tekken' (supported: gpt-2, smollm, llama-bpe, qwen2, default)"):
+    with refuses(
+        "its tokenizer splits words by 'tekken' (supported: gpt-2, trillion, smollm, llama-bpe, qwen2, default)"
+    ):
         retentive.load(worded("tekken"))
     with refuses("eos_token_id 999 is none of its 300 tokens"):
         words = with_words("smollm", {"a": 0, "b": 1, "ab": 2}, ["ab"])

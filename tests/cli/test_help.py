@@ -81,7 +81,7 @@ def test_help_names_shipped_models_and_all_targets_of_export(capsys, monkeypatch
     ):  # not quantised again, nor trained
         assert all(f"shipped model {name}" in helped([verb], capsys) for name in small), verb
     said = VERBS["export"][1].lower()
-    names = {"onnx": "onnx", "native": "c sources", "browser": "web page"}
+    names = {"onnx": "onnx", "native": "c sources", "browser": "web page", "gguf": "gguf"}
     assert set(names) == set(FILES) and all(word in said for word in names.values())
 
 

@@ -67,6 +67,14 @@ def test_stopped_and_called_again_it_writes_the_same(teacher, tmp_path):
     assert not list(tmp_path.glob("*partial*"))
 
 
+def test_given_questions_are_asked_in_turn(teacher, tmp_path):
+    asked = [f"What is {n}?" for n in range(40)]
+    write_chats(teacher, tmp_path / "c.jsonl", 1500, questions=asked)
+    found = [each.messages[0]["content"] for each in chats(tmp_path / "c.jsonl")]
+    at = [asked.index(text) for text in found]  # those that were not answered are left out
+    assert len(at) > 3 and at == sorted(at)
+
+
 def test_a_question_begins_where_the_template_expects_it():
     template = load_template({"chat_template": TURNS}, ByteTokenizer())
     begin = before_question(template)
@@ -77,6 +85,6 @@ def test_a_question_begins_where_the_template_expects_it():
 def test_a_teacher_that_ends_nothing_is_named(teacher, tmp_path, monkeypatch, refuses):
     monkeypatch.setattr(written, "TRIES", 2)
     monkeypatch.setattr(written, "LONGEST", {"user": 1, "assistant": 1})
-    with refuses("ends none of the questions that it writes: leave out `from_teacher`"):
+    with refuses("ends none of the messages that it writes: leave out `from_teacher`"):
         write_chats(teacher, tmp_path / "c.jsonl", 100)
     assert not (tmp_path / "c.jsonl").exists()
