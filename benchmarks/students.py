@@ -34,6 +34,7 @@ from retentive.infer.batch import generate_batch
 from retentive.models import LanguageModel, cost
 from retentive.native import with_engine
 from retentive.options import at_least_one
+from retentive.sampling import SamplingParams
 from retentive.tables import markdown
 
 PICTURE = "Students of a Transformer"
@@ -84,6 +85,10 @@ class Options:
     """Tokens of a reply."""
     temperature: float = 0.0
     """Temperature of replies, a seed for each question; 0: the likeliest tokens."""
+    top_p: float = 1.0
+    """Top-p of replies."""
+    repetition_penalty: float = 1.0
+    """Repetition penalty of replies."""
 
 
 def measure(options: Options, say: Say = silent, seed: int = 0) -> dict[str, Any]:
@@ -143,7 +148,7 @@ def losses(model: LanguageModel, data: Data, length: int, tokens: int) -> dict[s
 def recall(model: LanguageModel, tokenizer: Tokenizer, data: Data, count: int, seed: int) -> dict[str, Any]:
     """Share of four-digit numbers that the model repeats, with the distances of those that it does not."""
     prompts, numbers, apart = zip(*recalls(tokenizer, data, count, seed), strict=True)
-    found = generate_batch(model, list(prompts), max_tokens=DIGITS + 2, temperature=0)  # a space may be a token
+    found = generate_batch(model, list(prompts), max_tokens=DIGITS + 2)  # a space may be a token
     right = [tokenizer.decode(ids).strip().startswith(number) for ids, number in zip(found, numbers, strict=True)]
     return share("recall", right) | {"missed": [n for n, ok in zip(apart, right, strict=True) if not ok]}
 
@@ -170,12 +175,13 @@ def recalls(tokenizer: Tokenizer, data: Data, count: int, seed: int) -> list[tup
 def replies(model: LanguageModel, folder: ModelFolder, asked: dict[str, Any], options: Options) -> dict[str, Any]:
     """Shares of facts that were answered, and of chats that the model ended, with a few replies to read."""
     template = folder.template(folder.tokenizer_for_text())
+    sampling = SamplingParams(options.temperature, top_p=options.top_p, repetition_penalty=options.repetition_penalty)
 
     def answered(questions: Sequence[str]) -> list[Any]:
         chats = [
             Conversation(q, [{"role": "user", "content": q}, {"role": "assistant", "content": ""}]) for q in questions
         ]
-        return generate_answers(model, template, chats, max_tokens=options.max_tokens, temperature=options.temperature)
+        return generate_answers(model, template, chats, max_tokens=options.max_tokens, sampling=sampling)
 
     facts = answered([question for question, _ in asked["facts"]])
     right = [

@@ -53,6 +53,8 @@ class SamplingParams:
             raise ValueError(f"{option('seed', self.seed)}: must be from -2^63 to 2^63 - 1")
 
 
+GREEDY = SamplingParams(temperature=0)
+"""The likeliest token at each step."""
 TEXT = SamplingParams(temperature=0.8, top_p=0.95)
 """Default for text: slightly sharper than the model's own distribution, without its unlikeliest tokens."""
 

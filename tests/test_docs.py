@@ -48,6 +48,8 @@ def place(tmp_path_factory) -> Path:
     pack(root / "data" / "mine", tokenizer, found[2:], found[:2])
     torch.manual_seed(0)
     save_model(root / "runs" / "mine", LanguageModel(retnet("1m", vocab_size=tokenizer.vocab_size)), tokenizer)
+    portable = retnet("1m", architecture="retnet-portable", vocab_size=tokenizer.vocab_size)
+    save_model(root / "runs" / "portable", LanguageModel(portable), tokenizer)
     (root / "runs" / "demo").symlink_to("mine")
     question = {"goal": "To see a fox,", "sol1": "go into the wood.", "sol2": "go to sea.", "label": 0}
     (root / "eval_files").mkdir()
@@ -71,6 +73,12 @@ def test_python(page, place, monkeypatch):
             cli.main(["export", "runs/mine", "--to", "hf", "--out", "mine-hf"])
         if "peft" in code:
             pytest.importorskip("peft", reason="needs pip install peft")
+        if "llama_cpp" in code:
+            pytest.importorskip("llama_cpp", reason="needs pip install llama-cpp-python")
+            cli.main(["export", "runs/portable", "--to", "gguf", "--out", "portable"])
+        if "mlx_lm" in code:
+            pytest.importorskip("mlx_lm", reason="needs the extra `mlx`")
+            cli.main(["export", "runs/mine", "--to", "mlx", "--out", "mine-mlx"])
         if "onnx_run" in code:
             pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
             cli.main(["export", "runs/mine", "--to", "onnx", "--out", "novels-onnx"])

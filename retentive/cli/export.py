@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,10 +24,10 @@ class ExportCommand(Limits):
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run directory, model folder, .gguf file, the shipped model novels, hf:owner/name on the hub, or pypi:NAME."""
-    to: Literal["onnx", "native", "browser", "gguf", "hf"]
+    to: Literal["onnx", "native", "browser", "gguf", "hf", "mlx"]
     """onnx: one graph, for onnxruntime. native: sources in C, for phones and any other machine with a C compiler.
     browser: a page that any file server serves. gguf: a file for llama.cpp, ollama and LM Studio. hf: a folder for
-    transformers, PEFT, TRL and the hub."""
+    transformers, PEFT, TRL and the hub. mlx: a folder for mlx-lm, on Apple's chips."""
     out: Path
     """Folder to make."""
     weights: Literal["stored", "int8", "int4"] = "stored"
@@ -47,6 +48,8 @@ NEXT = {
 }
 """Next command for each kind of export."""
 
+LIBRARIES = {"hf": ("transformers", "AutoModelForCausalLM.from_pretrained"), "mlx": ("mlx-lm", "mlx_lm.load")}
+"""Libraries that load folders: their names, and the function that loads one."""
 UNCHECKED = {"gguf": "llama-cpp-python is not installed"} | dict.fromkeys(
     ("native", "browser"), "no C compiler works here"
 )
@@ -61,8 +64,8 @@ def run(command: ExportCommand) -> None:
     """Write it, and say how large it is and how close to the model."""
     how = {name: getattr(command, name) for name in ("weights", "standard", "type", "tokenizer")}
     source = command.limited(command.source)
-    if command.to == "hf":
-        write_hf(command, source)
+    if command.to in LIBRARIES:
+        write_folder(command, source)
         return
     with shown(sys.stderr) as progress:
         file, nbytes, off = export(source, command.to, command.out, progress=progress, **how)
@@ -72,15 +75,14 @@ def run(command: ExportCommand) -> None:
     say(f"next: {NEXT[command.to].format(file=shlex.quote(str(file)), out=shlex.quote(str(command.out)))}")
 
 
-def write_hf(command: ExportCommand, source: ModelFolder) -> None:
-    """Write it for transformers."""
+def write_folder(command: ExportCommand, source: ModelFolder) -> None:
+    """Write it for a library of Python that loads folders."""
     if command.weights != "stored" or command.standard or command.type:
-        raise ValueError(
-            "--weights, --type and --standard are for other runtimes: transformers' classes have floats only"
-        )
-    from retentive.hf import to_hf
+        raise ValueError("--weights, --type and --standard are for other runtimes: such folders have floats only")
+    from retentive.hf import to_hf, to_mlx
 
-    off = to_hf(source, command.out, tokenizer=command.tokenizer)
-    out = shlex.quote(str(command.out))
-    say(f"{command.out}: transformers' logits differ by {off:.1e} (relative)")
-    say(f"next: AutoModelForCausalLM.from_pretrained({out!r}, trust_remote_code=True)")
+    write: Callable[..., float | None] = to_hf if command.to == "hf" else to_mlx
+    off, (library, load) = write(source, command.out, tokenizer=command.tokenizer), LIBRARIES[command.to]
+    close = f"differ by {off:.1e} (relative)" if off is not None else f"were not checked: {library} is not installed"
+    say(f"{command.out}: the logits of {library} {close}")
+    say(f"next: {load}({str(command.out)!r}, trust_remote_code=True)")

@@ -31,6 +31,7 @@ from retentive.infer.batch import generate_batch, together
 from retentive.infer.media import read
 from retentive.models import LanguageModel
 from retentive.options import option
+from retentive.sampling import GREEDY, SamplingParams
 
 LEAD = 3
 """Number of first sentences of a question that form the baseline of a summary."""
@@ -116,7 +117,8 @@ def score_generation_tasks(
                 raise ValueError(f"{name}: reads questions whole; leave out `max_length`")
             new, new_records = naming(model, template, conversations, folder, done=done)
         else:
-            how: dict[str, Any] = {"max_tokens": max_tokens, "beams": beams, "temperature": temperature}
+            sampling = SamplingParams(temperature=temperature)
+            how: dict[str, Any] = {"max_tokens": max_tokens, "beams": beams, "sampling": sampling}
             found = generate_answers(model, template, conversations, max_length=max_length, **how, done=done)
             new = [*metrics(found), share("ended", [each.ended for each in found])]
             new_records = [each._asdict() for each in found]
@@ -134,10 +136,11 @@ def generate_answers(
     max_length: int | None = None,
     max_tokens: int,
     beams: int = 1,
-    temperature: float = 0.0,
+    sampling: SamplingParams = GREEDY,
     done: Callable[[int], object] = lambda n: None,
 ) -> list[Answered]:
-    """Generates answers to the last questions of conversations, in order; arguments as for `score_generation_tasks`.
+    """Generates answers to the last questions of conversations, in order; arguments as for `score_generation_tasks` and
+    `generate_batch`.
 
     A long text that consecutive questions share is read once.
     """
@@ -146,7 +149,7 @@ def generate_answers(
         raise ValueError("pictures and sound are read whole; leave out `max_length`")
     prompts = [template.first(each.messages[:-1])[-(max_length or 0) :] for each in conversations]
     tokens = generate_batch(
-        model, prompts, max_tokens=max_tokens, stop_ids=sorted(template.stop_ids), temperature=temperature,
+        model, prompts, max_tokens=max_tokens, stop_ids=sorted(template.stop_ids), sampling=sampling,
         beams=beams, rows=rows, done=done,
     )  # fmt: skip
     return [_answered(template, each, ids, max_tokens) for each, ids in zip(conversations, tokens, strict=True)]

@@ -4,6 +4,8 @@
     AutoModelForCausalLM.from_pretrained("folder")              a folder of `retentive export RUN --to hf`
     to_hf("runs/mine", Path("folder"))                          writes one (`folder`)
 
+    to_mlx("runs/mine", Path("folder"))                         writes one for mlx-lm (`mlx`)
+
 `modeling_retentive.py` is copied into each folder, which so loads where this package is not installed.
 """
 
@@ -13,6 +15,7 @@ except ImportError:
     raise ImportError("transformers is missing: pip install 'retentive[hf]'") from None
 
 from retentive.hf.folder import to_hf
+from retentive.hf.mlx import to_mlx
 from retentive.hf.modeling_retentive import (
     RetentiveCache,
     RetentiveConfig,
@@ -28,6 +31,7 @@ __all__ = [
     "RetentiveForSequenceClassification",
     "RetentiveModel",
     "to_hf",
+    "to_mlx",
 ]
 
 transformers.AutoConfig.register("retentive", RetentiveConfig)

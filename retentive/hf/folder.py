@@ -8,10 +8,10 @@ generation_config.json, README.md                           how it writes, and t
 import copy
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ PADDING = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|endoftext|>", "<unk>")
 CHECKED, FAR, FAR_OF_INTEGERS = 48, 1e-3, 0.05
 """Tokens on which logits are compared, and the largest difference, relative to their size. Integers are written as
 bfloat16, which rounds them once more."""
+Far = TypeVar("Far", float, float | None)
 TARGETS = ("q_proj", "k_proj", "v_proj", "g_proj", "out_proj", "gate_proj", "up_proj", "down_proj")
 """Matrices that LoRA changes."""
 
@@ -65,6 +66,23 @@ def to_hf(source: str | Path | ModelFolder, out: Path, *, tokenizer: str | None 
         FileExistsError: `out` exists.
         ValueError: the model is a peer, or reads pictures or sound; or transformers computes other logits.
     """
+
+    def finish(path: Path, folder: ModelFolder, model: LanguageModel, config: dict[str, Any]) -> float:
+        auto = {name: f"{MODELING.stem}.{own}" for name, own in AUTO.items()}
+        write_json(path / "config.json", {**config, "architectures": [AUTO["AutoModelForCausalLM"]], "auto_map": auto})
+        shutil.copyfile(MODELING, path / MODELING.name)
+        write_text(path / "README.md", card(CARD, folder, model))
+        return difference(path, model)
+
+    return write_folder(source, out, finish, tokenizer=tokenizer)
+
+
+Finish = Callable[[Path, ModelFolder, LanguageModel, dict[str, Any]], Far]
+"""Function that writes config.json from its fields, classes and card, and returns the difference of the logits."""
+
+
+def write_folder(source: str | Path | ModelFolder, out: Path, finish: Finish[Far], *, tokenizer: str | None) -> Far:
+    """Writes weights and words, and calls `finish`, in a new folder, as a whole or not at all; raises as `to_hf`."""
     with only_writer(out):
         if out.exists() or out.is_symlink():
             raise FileExistsError(f"{out} exists: choose another folder, nothing is overwritten")
@@ -72,16 +90,17 @@ def to_hf(source: str | Path | ModelFolder, out: Path, *, tokenizer: str | None 
         if folder.config.library:
             raise ValueError(f"{folder.name} is a model of {folder.config.library} already")
         if folder.encoders:
-            raise ValueError(f"{folder.name} reads {', '.join(folder.encoders)}, and transformers' classes text alone")
+            raise ValueError(
+                f"{folder.name} reads {', '.join(folder.encoders)}, and such folders hold text models alone"
+            )
         words, model = folder.tokenizer_for_text(tokenizer), folder.model()
         how = special_tokens(folder, words)
-        far: list[float] = []
+        far: list[Far] = []
 
         def write(path: Path) -> None:
-            write_model(path, model, how)
+            config = write_model(path, model, how)
             write_words(path, words, folder.template_source, how)
-            write_text(path / "README.md", card(folder, model))
-            far.append(difference(path, model))
+            far.append(finish(path, folder, model, config))
 
         with naming(out):
             replace_folder(out, write)
@@ -107,17 +126,14 @@ def special_tokens(folder: ModelFolder, words: Tokenizer) -> Special:
     return Special(eos, words.eos_id, pad, words.special.get(pad, words.eos_id), tuple(sorted(stops)))
 
 
-def write_model(path: Path, model: LanguageModel, how: Special) -> None:
-    """Writes config, weights, classes and the config of `generate`."""
+def write_model(path: Path, model: LanguageModel, how: Special) -> dict[str, Any]:
+    """Writes the weights and the config of `generate`; returns the fields of config.json."""
     tensors = hf.write_tensors(float_tensors(model), model.config)
     save_tensors(path / "model.safetensors", tensors, {"format": "pt"})
     ids = {"bos_token_id": how.eos_id, "eos_token_id": how.eos_id, "pad_token_id": how.pad_id}
-    auto = {name: f"{MODELING.stem}.{own}" for name, own in AUTO.items()}
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    about = {"architectures": [AUTO["AutoModelForCausalLM"]], "auto_map": auto, "dtype": dtype}
-    write_json(path / "config.json", {**hf.write_config(model.config), **about, **ids})
     write_json(path / "generation_config.json", {**ids, "eos_token_id": list(how.stops)})
-    shutil.copyfile(MODELING, path / MODELING.name)
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    return {**hf.write_config(model.config), "dtype": dtype, **ids}
 
 
 def float_tensors(model: LanguageModel) -> dict[str, Tensor]:
@@ -194,20 +210,27 @@ def begins_with(token: str, id: int) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def difference(path: Path, model: LanguageModel) -> float:
-    """Returns the largest difference of transformers' logits from the model's, relative to their size.
+    """Returns the largest difference of transformers' logits from the model's; errors as `compared`."""
+    with quiet():
+        theirs = RetentiveForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return compared("transformers", lambda ids: theirs(ids).logits, model)
+
+
+@torch.no_grad()
+def compared(library: str, logits: Callable[[Tensor], Tensor], model: LanguageModel) -> float:
+    """Returns the largest difference of a library's logits from the model's, relative to their size.
 
     Raises:
         ValueError: it is too large.
     """
     ids = torch.randint(model.config.vocab_size, (1, CHECKED), generator=torch.Generator().manual_seed(0))
-    with quiet():
-        theirs = RetentiveForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     want = copy.deepcopy(model).float().eval()(ids)[0]
-    far = float((theirs(ids).logits - want).abs().max() / want.abs().max())
+    far = float((logits(ids) - want).abs().max() / want.abs().max())
     if not far <= (FAR_OF_INTEGERS if quantization_of(model) else FAR):  # NaN neither
-        raise ValueError(f"transformers' logits differ from the model's by {far:.1e} of their size: nothing is written")
+        raise ValueError(
+            f"the logits of {library} differ from the model's by {far:.1e} of their size: nothing is written"
+        )
     return far
 
 
@@ -223,14 +246,14 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def card(folder: ModelFolder, model: LanguageModel) -> str:
-    """Returns the model card: how to use it, then the folder's own card if there is one."""
+def card(gaps: Path, folder: ModelFolder, model: LanguageModel) -> str:
+    """Returns the model card: how to use it, in a file with gaps, then the folder's own card if there is one."""
     c: Any = model.config
     own = folder.path / "README.md"
     grows = "of constant size" if c.constant_state else "that grows with the text"
     told = own.read_text(encoding="utf-8") if own.is_file() and not folder.gguf else UNKNOWN
     targets = ", ".join(f'"{name}"' for name in TARGETS)
-    return CARD.read_text(encoding="utf-8").format(
+    return gaps.read_text(encoding="utf-8").format(
         name=folder.short_name, kind=c.name, parameters=millions(cost.parameters(c)), blocks=counted(c.layers, "block"),
         state=grows, targets=targets, own=told,
     )  # fmt: skip

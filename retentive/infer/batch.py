@@ -5,6 +5,7 @@ one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from retentive.data.media import Rows
@@ -14,8 +15,8 @@ from retentive.infer.generate import placeholders_of
 from retentive.infer.media import read
 from retentive.infer.placeholders import Placeholders
 from retentive.infer.requests import Stream
-from retentive.infer.sample import SamplingParams
 from retentive.models import LanguageModel
+from retentive.sampling import GREEDY, SamplingParams
 
 SLOTS = 16
 """Maximum prompts that are decoded at once."""
@@ -29,7 +30,7 @@ def generate_batch(
     *,
     max_tokens: int,
     stop_ids: Sequence[int] = (),
-    temperature: float = 0.0,
+    sampling: SamplingParams = GREEDY,
     beams: int = 1,
     rows: Sequence[Rows] = (),
     done: Callable[[int], object] = lambda n: None,
@@ -39,7 +40,7 @@ def generate_batch(
     Args:
         max_tokens: maximum tokens of an answer.
         stop_ids: tokens that end an answer.
-        temperature: 0 takes the likeliest token; otherwise prompt n is sampled with the seed n.
+        sampling: settings of sampling; the seed of prompt n is n.
         beams: hypotheses of beam search; 1 for none.
         rows: rows of each prompt's pictures and sound, as for `Engine.submit`; empty for prompts of text only.
         done: called now and then with the number of answered prompts.
@@ -65,7 +66,7 @@ def generate_batch(
                 tokens.append(best[0][0])
                 done(len(tokens))
             else:
-                params = SamplingParams(temperature=temperature, seed=n)
+                params = replace(sampling, seed=n)
                 streams += engine.submit(ids, params, rows=left, **how, state=state)
         while engine.step():
             done(first + sum(stream.reason is not None for stream in streams))

@@ -60,7 +60,10 @@ def test_answers_are_those_of_generate(config, source):
         assert got.ended == (len(tokens) < 30 or (source == BUILT_IN and "\nUser:" in text))
         assert (got.question, got.reference) == (each.messages[-2]["content"], each.messages[-1]["content"])
     assert seen[-1] == 5
-    drawn = [generate_answers(model, template, conversations, max_tokens=9, temperature=5.0) for _ in range(2)]
+    drawn = [
+        generate_answers(model, template, conversations, max_tokens=9, sampling=SamplingParams(temperature=5.0))
+        for _ in range(2)
+    ]
     assert drawn[0] == drawn[1] != found
     best = generate_answers(model, template, conversations, max_tokens=30, beams=2)
     assert [each.reference for each in best] == [each.reference for each in found]

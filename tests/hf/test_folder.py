@@ -108,7 +108,7 @@ def test_integers_are_written_as_floats(exported, same):
 def test_the_command_writes_a_card_and_says_how_close_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(["export", "novels", "--to", "hf", "--out", "theirs"])
-    assert "theirs: transformers' logits differ by" in capsys.readouterr().err
+    assert "theirs: the logits of transformers differ by" in capsys.readouterr().err
     card = (tmp_path / "theirs" / "README.md").read_text()
     assert "trust_remote_code=True" in card and "English Novel Corpus" in card and '"down_proj"' in card
     assert json.loads((tmp_path / "theirs" / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]

@@ -40,7 +40,7 @@ def test_the_tokens_are_those_of_each_by_itself(config, monkeypatch):
     assert found == [
         [token.id for token in generate(model, ids, greedy, max_tokens=9, stop_ids=[0])] for ids in prompts
     ]
-    drawn = generate_batch(model, prompts, max_tokens=9, temperature=1.0)
+    drawn = generate_batch(model, prompts, max_tokens=9, sampling=SamplingParams())
     own = [SamplingParams(temperature=1.0, seed=n) for n in range(5)]
     assert drawn == [
         [token.id for token in generate(model, ids, params, max_tokens=9)]
