@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from retentive.data.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
+from retentive.data.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer, byte_letters
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Values of tokenizer.ggml.token_type."""
@@ -80,7 +80,8 @@ def written(tokenizer: Tokenizer, vocab_size: int, template: str | None) -> dict
         merges = [x if isinstance(x, str) else " ".join(x) for x in content["model"].get("merges", [])]
         pre = WRITTEN[_splits_digits(content)]
     elif all(len(x) == 1 for x in vocabulary.values()):
-        names, merges, pre = {id: _characters()[x[0]] for id, x in vocabulary.items()}, [], WRITTEN[False]
+        letters = byte_letters()
+        names, merges, pre = {id: letters[x[0]] for id, x in vocabulary.items()}, [], WRITTEN[False]
     else:
         raise ValueError("llama.cpp reads byte-level BPE of Hugging Face tokenizers and bytes: this is tiktoken's")
     control = dict(tokenizer.special) or {END_OF_TEXT: tokenizer.eos_id}
@@ -115,13 +116,6 @@ def _splits_digits(content: Mapping[str, Any]) -> bool:
     if content["model"].get("type") != "BPE" or content.get("normalizer") or not known or parts[-1]["add_prefix_space"]:
         raise ValueError("llama.cpp has no name for how this tokenizer splits words: expected GPT-2's byte-level BPE")
     return digits
-
-
-def _characters() -> list[str]:
-    """GPT-2's printable character for each byte."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in shown else chr(next(others)) for byte in range(256)]
 
 
 def token_of(fields: Mapping[str, Any], name: str) -> str | None:

@@ -259,6 +259,13 @@ class TiktokenTokenizer:
         return dict(self._vocabulary)
 
 
+def byte_letters() -> list[str]:
+    """Returns the letter that stands for each byte in byte-level vocabularies (GPT-2)."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in shown else chr(next(others)) for byte in range(256)]
+
+
 PADDING = 1024
 """Number of rows that an embedding may have beyond its tokenizer, since vocabulary sizes are rounded up."""
 

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from retentive.checkpoint import ModelFolder, hf
 from retentive.checkpoint.quantize import quantization_of
 from retentive.data.templates import TEMPLATE
-from retentive.data.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, Tokenizer
+from retentive.data.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, Tokenizer, byte_letters
 from retentive.files import naming, only_writer, replace_folder, save_tensors, write_json, write_text
 from retentive.hf.modeling_retentive import RetentiveForCausalLM
 from retentive.layers.quantized import Quantized
@@ -180,22 +180,14 @@ def tokenizer_json(words: Tokenizer) -> dict[str, Any]:
         return json.loads(known) | {"truncation": None, "padding": None}
     if not isinstance(words, ByteTokenizer):
         raise ValueError("a vocabulary of tiktoken cannot be written for transformers: train with a tokenizer.json")
-    letters = bytes_to_letters()
     end = {"id": words.eos_id, "content": END_OF_TEXT, "special": True}
     end |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [end], "normalizer": None,
         "pre_tokenizer": level, "post_processor": None, "decoder": level,
-        "model": {"type": "BPE", "vocab": {letters[byte]: byte for byte in range(256)}, "merges": []},
+        "model": {"type": "BPE", "vocab": {letter: byte for byte, letter in enumerate(byte_letters())}, "merges": []},
     }  # fmt: skip
-
-
-def bytes_to_letters() -> dict[int, str]:
-    """Returns the letter that stands for each byte in byte-level vocabularies (GPT-2)."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in shown]
-    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
 def begins_with(token: str, id: int) -> dict[str, Any]:
