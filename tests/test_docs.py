@@ -76,6 +76,8 @@ def test_python(page, place, monkeypatch):
         if "llama_cpp" in code:
             pytest.importorskip("llama_cpp", reason="needs pip install llama-cpp-python")
             cli.main(["export", "runs/portable", "--to", "gguf", "--out", "portable"])
+        if "from vllm" in code:
+            pytest.importorskip("vllm", reason="needs vLLM")
         if "mlx_lm" in code:
             pytest.importorskip("mlx_lm", reason="needs the extra `mlx`")
             cli.main(["export", "runs/mine", "--to", "mlx", "--out", "mine-mlx"])
