@@ -2,15 +2,21 @@
 
 python recipes/linearize_smollm2.py my_texts facts              texts that ask at their end for what they told before
 retentive linearize --recipe recipes/linearize_smollm2.py       two hours on two cores; --resume goes on
-retentive quantize runs/smollm2 --to int4 --text my_texts --out runs/smollm2-int4
-retentive chat runs/smollm2-int4 --temperature 0.2
+python recipes/linearize_smollm2.py talks.jsonl                 questions, and the teacher's answers that ended soon
+retentive data my_texts facts --tokenizer runs/smollm2 --out data/texts
+retentive data talks.jsonl --chats --tokenizer runs/smollm2 --out data/talks
+retentive train --data data/texts data/talks --data-weights 2 1 --init runs/smollm2 --only retention norm --batch 1 \
+    --length 2048 --steps 150 --lr 3e-4 --warmup 10 --weight-decay 0 --beta2 0.95 --out runs/smollm2-talks
+retentive quantize runs/smollm2-talks --to int4 --asymmetric --text my_texts --out runs/smollm2-int4
+retentive chat runs/smollm2-int4 --temperature 0.2 --top-p 0.9 --repetition-penalty 1.15
 
 Ordinary text rarely needs what stands a thousand tokens back; texts with facts do. The four layers that recall facts,
 7, 17, 18 and 20, see 1,024 tokens. The others share the rest of 8 MB by what a window costs each (windows.md of a run
 with `--window 256`).
 
-The teacher is a file of Q4_1. Its weights stay as they are, so int4 keeps the integers of its blocks. Training the
-embedding with weights rounded to 4 bits (`qat`) earned nothing (docs/LOG.md).
+The teacher is a file of Q4_1. Its matrices stay as they are, so int4 keeps the integers of its blocks. Training the
+embedding with weights rounded to 4 bits (`qat`) earned nothing (docs/LOG.md). The last run learns the texts themselves
+instead of the teacher's predictions, with the norms too: the teacher rarely ends its answers.
 """
 
 import json

@@ -21,7 +21,8 @@ class SamplingParams:
     min_p: float = 0.0
     """Keeps only tokens at least this fraction as likely as the likeliest."""
     repetition_penalty: float = 1.0
-    """Makes seen tokens less likely: positive logits are divided by it, negative ones multiplied (CTRL, 2019)."""
+    """Makes seen tokens less likely: positive logits are divided by it, negative ones multiplied (CTRL, 2019). Tokens
+    that end the text are spared."""
     bias: Mapping[int, float] = field(default_factory=dict)
     """Numbers added to the logits of these tokens; -100 bans a token."""
     seed: int | None = None

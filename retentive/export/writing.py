@@ -39,7 +39,7 @@ def generate(
     """
     params = params or SamplingParams()
     check_bias(params, model.vocab_size)
-    random, seen = np.random.default_rng(params.seed), set(ids)
+    random, seen = np.random.default_rng(params.seed), set(ids) - {model.eos}
     for _ in range(max_tokens):
         id = pick(model.read(ids), params, random, seen)
         if id == model.eos:

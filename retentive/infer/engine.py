@@ -121,9 +121,9 @@ class Engine:
         requests = []
         for i, callback in zip(range(n), itertools.chain(deliver, itertools.repeat(None))):  # noqa: B905 (endless)
             own = params if params.seed is None else replace(params, seed=params.seed + i)
-            sampler = Sampler(own, torch.tensor(ids), vocab)
             made = constraint() if constraint else None
             stops = frozenset(stop_ids) | ({made.eos_id} if made else set())
+            sampler = Sampler(own, torch.tensor(ids), vocab, stops)
             stream = Stream(ids, deliver=callback)
             requests.append(Request(stream, sampler, max_tokens, stops, made, returns, key))
         with self.wake:  # reads `closing` under the lock too: nothing may be queued after the last step

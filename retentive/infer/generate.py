@@ -120,7 +120,7 @@ def check_prompt(ids: Sequence[int], vocab: int, placeholders: Placeholders | No
 
 def _tokens(model, prompt, rows, params, max_tokens, stop_ids, first_ids, state) -> Iterator[Token]:
     """Loop of `generate`."""
-    sampler = Sampler(params, prompt, model.config.vocab_size)
+    sampler = Sampler(params, prompt, model.config.vocab_size, stop_ids)
     logits, state = prefill(model, prompt, state, rows=rows)
     made = 0
     while max_tokens is None or made < max_tokens:

@@ -5,7 +5,7 @@ only on its own logits and its own generator, whatever else is sampled in the sa
 logits of a vocabulary are small, and a seed then gives the same tokens on every device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -25,9 +25,14 @@ def check_finite(logits: Tensor) -> None:
 
 
 class Sampler:
-    """Samples the tokens of one sequence; holds its random generator and the tokens seen so far."""
+    """Samples the tokens of one sequence; holds its random generator and the tokens seen so far.
 
-    def __init__(self, params: SamplingParams, prompt: Tensor, vocab_size: int):
+    Args:
+        ends: tokens that end the text. They get no repetition penalty: the turns of a chat end by one, and after the
+            first turn the model would be kept from ending its answer.
+    """
+
+    def __init__(self, params: SamplingParams, prompt: Tensor, vocab_size: int, ends: Collection[int] = ()):
         self.params = params
         self.generator = torch.Generator()
         if params.seed is None:
@@ -39,6 +44,7 @@ class Sampler:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool)
             ids = prompt.flatten().cpu()
             self.seen[ids[ids < vocab_size]] = True  # beyond it are placeholders of pictures and sound
+            self.seen[[id for id in ends if 0 <= id < vocab_size]] = False
         check_bias(params, vocab_size)
 
     def __call__(self, logits: Tensor, allowed: Sequence[int] | None = None) -> tuple[int, float]:

@@ -56,7 +56,7 @@ def speculate(
         raise ValueError(f"at least one token must be guessed a call, got most={most}")
     if draft is not None and draft.config.vocab_size != vocab:
         raise ValueError(f"the draft model has {draft.config.vocab_size} tokens, the model {vocab}: they must agree")
-    sampler = Sampler(params or SamplingParams(), prompt, vocab)
+    sampler = Sampler(params or SamplingParams(), prompt, vocab, frozenset(stop_ids))
     guesser: Guesser = Lookup() if draft is None else Draft(draft, sampler, most)
     counts = Counter() if counts is None else counts
     tokens = _tokens(model, prompt, sampler, guesser, most, frozenset(stop_ids), first_ids, state, counts)

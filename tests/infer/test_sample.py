@@ -114,6 +114,13 @@ def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits(
     assert pick(logits, prompt=[1], temperature=0, repetition_penalty=0.5)[0] == 1  # below 1 it rewards: 3.0 > 2.0
 
 
+def test_tokens_that_end_the_text_get_no_repetition_penalty():
+    params, logits = SamplingParams(temperature=0, repetition_penalty=2.0), torch.tensor([2.0, 1.5, 1.4])
+    assert Sampler(params, torch.tensor([0, 1]), 3)(logits)[0] == 2
+    assert Sampler(params, torch.tensor([0, 1]), 3, ends={0, 7})(logits)[0] == 0  # 7: outside the vocabulary
+    assert Sampler(params, torch.tensor([0, 1]), 3, ends={2})(logits)[0] == 2
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_bias_may_be_whole_numbers(temperature):
     bias = {n: -100 for n in range(6) if n != 3}
