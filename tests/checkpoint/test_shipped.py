@@ -54,7 +54,8 @@ def test_other_names_are_not_there(name, refuses):
 def test_it_is_small_and_has_a_card(name):
     folder = NAMES[name]
     # in the package; in the repository, one file that GitHub takes
-    assert sum(file.stat().st_size for file in folder.iterdir()) <= (8e6 if folder.parent == SHIPPED else 95e6)
+    sizes = [file.stat().st_size for file in folder.iterdir()]
+    assert sum(sizes) <= 8e6 if folder.parent == SHIPPED else max(sizes) <= 95e6  # hosts of repositories limit a file
     card = (folder / "README.md").read_text(encoding="utf-8")
     for word in ("## Data", "## Numbers", "## Limits", "Licence"):
         assert word in card, word
