@@ -214,7 +214,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     """A PNG: how much more loss than the teacher each model has, by the length of the context."""
     teacher, *others = result["rows"]
     lengths = list(dict.fromkeys(x["length"] for x in teacher["loss"]))
-    figure, axes = grid(title, 1, 1, size=(7, 4.2))
+    figure, axes = grid(title, 1, 1, size=(7, 5))
     axis = axes[0, 0]
     for n, row in enumerate(others):
         more = [_mean(row, length) - _mean(teacher, length) for length in lengths]
@@ -226,7 +226,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     axis.set_xlabel("context (tokens)")
     axis.set_ylabel("loss above the teacher's (nats a token)")
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize="small")  # below, off the curves
     figure.savefig(path, dpi=120, format="png")
 
 
