@@ -112,6 +112,8 @@ def prepare(texts: Path, out: Path) -> None:
     files, rng = sorted(texts.glob("**/*.txt")), random.Random(0)
     if not files:
         sys.exit(f"{texts} holds no .txt file")
+    if out.exists():
+        sys.exit(f"{out} exists: choose another folder, nothing is overwritten")
     out.mkdir(parents=True)
     for n in range(TEXTS):
         lines = rng.choice(files).read_text(encoding="utf-8", errors="replace").splitlines()

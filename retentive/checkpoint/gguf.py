@@ -152,7 +152,8 @@ class Gguf:
         if arch in rwkv.ARCHITECTURES:
             return self._our_config()
         if arch not in PERMUTED:
-            raise ValueError(f"{self.path} describes {arch!r}; expected Llama's layout: {', '.join(PERMUTED)}")
+            known = ", ".join((*PERMUTED, *rwkv.ARCHITECTURES))
+            raise ValueError(f"{self.path} describes {arch!r}; expected Llama's layout, or a RetNet of ours: {known}")
         if reasons := self._unsupported():
             raise ValueError(f"{self.path} needs what is not supported here: {', '.join(reasons)}")
         dim, heads = self._number("embedding_length"), self._number("attention.head_count")

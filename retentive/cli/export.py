@@ -32,8 +32,8 @@ class ExportCommand(Limits):
     """Folder to make."""
     weights: Literal["stored", "int8", "int4"] = "stored"
     """Quantise first. `retentive quantize --text` gives better 4-bit weights: export its folder as stored."""
-    type: Literal["f32", "f16", "q8_0", "q4_0"] | None = None
-    """Type of the matrices in a GGUF file. Default: f16."""
+    type: Literal["f16", "f32", "q8_0", "q4_0", "default"] = "default"
+    """Type of the matrices in a GGUF file; f16 by default."""
     standard: bool = False
     """Use ONNX's standard operators only (opset 27), for any runtime; onnxruntime is faster with its own."""
     tokenizer: str | None = None
@@ -62,7 +62,8 @@ def main(argv: list[str]) -> None:
 
 def run(command: ExportCommand) -> None:
     """Write it, and say how large it is and how close to the model."""
-    how = {name: getattr(command, name) for name in ("weights", "standard", "type", "tokenizer")}
+    how = {name: getattr(command, name) for name in ("weights", "standard", "tokenizer")}
+    how["type"] = None if command.type == "default" else command.type
     source = command.limited(command.source)
     if command.to in LIBRARIES:
         write_folder(command, source)
@@ -77,8 +78,9 @@ def run(command: ExportCommand) -> None:
 
 def write_folder(command: ExportCommand, source: ModelFolder) -> None:
     """Write it for a library of Python that loads folders."""
-    if command.weights != "stored" or command.standard or command.type:
-        raise ValueError("--weights, --type and --standard are for other runtimes: such folders have floats only")
+    given = {"weights": command.weights != "stored", "type": command.type != "default", "standard": command.standard}
+    if wrong := next((name for name, is_given in given.items() if is_given), None):
+        raise ValueError(f"--{wrong} is for other runtimes: --to {command.to} writes the model's floats as they are")
     from retentive.hf import to_hf, to_mlx
 
     write: Callable[..., float | None] = to_hf if command.to == "hf" else to_mlx

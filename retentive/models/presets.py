@@ -160,23 +160,28 @@ def retnet(size: str | None = None, *, architecture: str = "retnet", **changes: 
         raise ValueError(f"a RetNet has no field {', '.join(sorted(unknown))}")
     name = published if architecture == "retnet" else architecture
     meant = ARCHITECTURES[name]
+    if name == "retnet-portable":
+        meant = meant | _portable_heads({**DEFAULTS, **shape, **changes}["dim"])
+        shape = shape | {"ffn_dim": _portable_ffn(meant["key_dim"], {**DEFAULTS, **shape}["heads"])}
     other = {field: value for field, value in changes.items() if field in meant and value != meant[field]}
     if other:
         stands = ", ".join(f"{field}={meant[field]!r} (got {value!r})" for field, value in other.items())
         raise ValueError(f"{name} stands for {stands}: leave it out, or change a RetNet without that name")
-    if name == "retnet-portable":
-        same = {**DEFAULTS, **shape, **changes}
-        shape = shape | _portable(same["dim"], same["heads"])
     return _retnet(**{**DEFAULTS, **shape, **meant, **changes})
 
 
-def _portable(dim: int, heads: int) -> dict[str, int]:
-    """Shape of `retnet-portable`: about as many parameters as our own RetNet of this width with these heads, but values
-    as wide as keys. Its feed-forward layer is a multiple of 32, for blocks of integers."""
-    if dim % PORTABLE:
+def _portable_heads(dim: int) -> dict[str, int]:
+    """Heads of `retnet-portable`, which its name fixes."""
+    if dim < 1 or dim % PORTABLE:
         raise ValueError(f"retnet-portable has heads of {PORTABLE}, of which dim {dim} is no multiple: change dim")
-    width = 2 * RetentionConfig(dim, heads).value_dim - dim  # 3 D of it make up for values that are less wide
-    return {"heads": dim // PORTABLE, "value_dim": dim, "ffn_dim": 32 * round(width / 32)}
+    return {"heads": dim // PORTABLE, "key_dim": dim, "value_dim": dim}
+
+
+def _portable_ffn(dim: int, heads: int) -> int:
+    """Feed-forward width of `retnet-portable`: about the parameters of our own RetNet of this width with these heads,
+    whose values are wider than keys; a multiple of 32, for blocks of integers."""
+    own = RetentionConfig(dim, heads if dim % heads == 0 and dim // heads % 2 == 0 else dim // PORTABLE)
+    return 32 * round((2 * own.value_dim - dim) / 32)
 
 
 def _size(name: str) -> Size:

@@ -104,7 +104,9 @@ def test_models_that_do_not_fit_are_refused(case, original, tmp_path, refuses):
 
 def test_other_architectures_types_and_parts_are_refused(original, tmp_path, refuses):
     model, _ = original("llama")
-    with refuses("describes 'gemma'; expected Llama's layout: llama, qwen2, qwen3"):
+    with refuses(
+        "describes 'gemma'; expected Llama's layout, or a RetNet of ours: llama, qwen2, qwen3, arwkv7, rwkv6qwen2"
+    ):
         retentive.load(write_gguf(tmp_path / "a.gguf", model, arch="gemma"))
     with refuses("TQ2_0 (1 tensors); types that are read: F32, F16"):
         writer = gguf.GGUFWriter(tmp_path / "b.gguf", "llama")

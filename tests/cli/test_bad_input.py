@@ -117,7 +117,10 @@ TRAINING = {
     "recipe-not-named": (["--recipe"], "--recipe needs a file"),
     "recipe-without-function": (["--recipe", "other.py"], "other.py is no recipe: expected a function recipe()"),
     "field-without-value": (["--set", "heads"], "--set heads: expected FIELD=VALUE, such as"),
-    "all-decays": (["--model", "retnet", "--set", "decay=slow"], "expected one of paper, lm, none, gated, 2 numbers"),
+    "all-decays": (
+        ["--model", "retnet", "--set", "decay=slow"],
+        "expected one of paper, lm, none, gated, sigmoid, 2 numbers",
+    ),
     "no-vocabulary": (
         ["--set", "vocab_size=9"],
         "--set vocab_size=9: unknown field 'vocab_size', expected one of dim, norm_eps",

@@ -129,7 +129,7 @@ def test_merges_that_have_no_meaning_are_refused(refuses):
         ):
             with refuses(words):
                 merging(memories)
-    with refuses("gated decay cannot be chained"):
+    with refuses("a decay per token cannot be chained"):
         chain([gated, gated])
     assert merge([gated, gated]).tokens == 10
     with refuses(

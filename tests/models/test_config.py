@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from retentive.layers.config import AttentionConfig
-from retentive.models import ARCHITECTURES, PRESETS, ModelConfig, build, retnet, transformer, twin
+from retentive.models import ARCHITECTURES, PRESETS, ModelConfig, build, cost, retnet, transformer, twin
 from retentive.models.config import LATER
 from retentive.ops.rotary import Scaling
 from tests.configs import changed
@@ -197,3 +197,18 @@ def test_newer_fields_are_written_only_if_set():
 def test_scalings_that_cannot_be(scaling, words, refuses):
     with refuses(words):
         AttentionConfig(rotary_scaling=scaling)
+
+
+@pytest.mark.parametrize("size", ["1m", "2m", "5m", "60m", "130m", "350m"])
+def test_the_portable_retnet_has_heads_of_64_and_the_parameters_of_the_default(size):
+    found, default = retnet(size, architecture="retnet-portable"), retnet(size)
+    assert found.retention.head_shape[1:] == (64, 64) and found.retention.key_dim == found.dim
+    assert cost.parameters(found) == pytest.approx(cost.parameters(default), rel=0.005)  # of multiples of 32
+
+
+@pytest.mark.parametrize(
+    "change", [dict(heads=4), dict(key_dim=64), dict(dim=100), dict(decay="lm"), dict(qk_norm=True)]
+)
+def test_a_portable_retnet_keeps_what_makes_it_portable(change):
+    with pytest.raises(ValueError, match="retnet-portable"):
+        retnet("1m", architecture="retnet-portable", **change)

@@ -83,7 +83,8 @@ def test_published_sizes_have_the_architecture_that_they_were_published_with(ref
 
 def test_what_is_unknown_is_named(refuses):
     with refuses(
-        "unknown model 'lstm', expected one of retnet, retnet-paper, torchscale, fla, transformer, hybrid, llama"
+        "unknown model 'lstm', expected one of retnet, retnet-paper, torchscale, fla, retnet-portable, "
+        "transformer, hybrid, llama"
     ):
         config_of("lstm", "1m", vocab_size=99)
     with refuses("unknown size '3m', expected one of 1m, 2m"):
