@@ -113,7 +113,12 @@ def _splits_digits(content: Mapping[str, Any]) -> bool:
     else:
         digits = parts[0] == DIGITS
         known = len(parts) == 1 + digits and parts[-1].get("type") == "ByteLevel" and parts[-1].get("use_regex", True)
-    if content["model"].get("type") != "BPE" or content.get("normalizer") or not known or parts[-1]["add_prefix_space"]:
+    if (
+        content["model"].get("type") != "BPE"
+        or content.get("normalizer")
+        or not known
+        or parts[-1].get("add_prefix_space", True)
+    ):
         raise ValueError("llama.cpp has no name for how this tokenizer splits words: expected GPT-2's byte-level BPE")
     return digits
 
