@@ -50,6 +50,8 @@ class Item(NamedTuple):
 
 def unfit(config: ModelConfig, arch: str) -> list[str]:
     """Returns all that keeps a model from an architecture, as fields to set; empty if it fits."""
+    if config.library:
+        return ["a RetNet of this package"]
     found = [] if config.final_norm else ["final_norm=True"]
     found += ["embed_norm=False"] if config.embed_norm else []
     if len({block.ffn for block in config.blocks}) > 1 or len(set(config.mixers)) > 1:

@@ -15,6 +15,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from retentive import machine, native
+from retentive.checkpoint import rwkv
 from retentive.checkpoint.quantize import Quantization
 from retentive.cli.loading import Limits
 from retentive.cli.parsing import parse
@@ -53,6 +54,8 @@ class InfoCommand(Limits):
     """Vocabulary size for a named size or architecture."""
     size: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "5m"
     """Size of a named architecture."""
+    to: Annotated[str, tyro.conf.arg(metavar="gguf")] = ""
+    """Also say how `retentive export --to gguf` would write the model; if it cannot, all that the model would need."""
     machine: bool = False
     """Show this machine: processor, torch, and the engines that run models on it."""
 
@@ -67,6 +70,9 @@ def main(argv: list[str]) -> None:
 
 def show(console: Console, command: InfoCommand) -> None:
     """Print the requested page."""
+    config: Any = None
+    if command.to not in ("", "gguf"):
+        raise ValueError(f"`to={command.to!r}`: expected gguf")
     if command.sizes:
         console.print(sizes(command.vocab_size))
     elif command.machine:
@@ -78,23 +84,27 @@ def show(console: Console, command: InfoCommand) -> None:
             f"({', '.join(NAMES)})"
         )
     elif command.run in PRESETS and not Path(command.run).exists():  # a folder may be called 5m
-        config = retnet(command.run, vocab_size=command.vocab_size)
-        describe(console, config.with_window(command.window, command.sinks), f"size {command.run}")
+        config = retnet(command.run, vocab_size=command.vocab_size).with_window(command.window, command.sinks)
+        describe(console, config, f"size {command.run}")
     elif command.run in NAMES and not Path(command.run).exists():
-        named: Any = config_of(command.run, command.size, vocab_size=command.vocab_size)
-        named = named.with_window(command.window, command.sinks)
-        describe(console, named, f"architecture {command.run} in size {command.size}")
+        config = config_of(command.run, command.size, vocab_size=command.vocab_size)
+        config = config.with_window(command.window, command.sinks)
+        describe(console, config, f"architecture {command.run} in size {command.size}")
         if command.run in ARCHITECTURES:
-            console.print("\n" + differences(named, command.size, command.vocab_size), markup=False, soft_wrap=True)
+            console.print("\n" + differences(config, command.size, command.vocab_size), markup=False, soft_wrap=True)
     else:
         folder = command.limited(command.run)
+        config = folder.config
         kind = f"GGUF of {', '.join(folder.gguf.types)}" if folder.gguf else f"{folder.layout} layout"
-        describe(console, folder.config, f"{command.run} ({kind})", folder.quantization)
-        for line in senses(folder.encoders, folder.config.dim):
+        describe(console, config, f"{command.run} ({kind})", folder.quantization)
+        for line in senses(folder.encoders, config.dim):
             console.print(f"  {line}", soft_wrap=True)
         progress(console, folder.path)
-    if not command.sizes and not command.machine:
-        console.print(f"\n  retention on this machine's CPU: {backends.describe()}", markup=False, soft_wrap=True)
+    if config is None:
+        return
+    if command.to:
+        console.print(f"  llama.cpp runs it as {rwkv.architecture_for(config)} (retentive export --to gguf)")
+    console.print(f"\n  retention on this machine's CPU: {backends.describe()}", markup=False, soft_wrap=True)
 
 
 def of_machine() -> dict[str, str]:

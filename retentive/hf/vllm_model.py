@@ -1,7 +1,8 @@
-"""A RetNet in vLLM: this package's model, whose states lie in vLLM's pages.
+"""A RetNet or a hybrid in vLLM: this package's model, whose states and caches lie in vLLM's pages.
 
 vLLM packs the tokens of all requests of a step into one row. Retention reads them in one call of the operator, with
-borders between the requests and the state of each; a state is float32, whatever the weights are.
+borders between the requests and the state of each; a state is float32, whatever the weights are. Attention is
+computed by vLLM, from our queries, keys and values.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers import attention
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
-from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsMambaPrefixCaching
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from retentive.checkpoint import hf
-from retentive.layers import Positions
+from retentive.layers import Attention, AttentionConfig, MultiScaleRetention, Positions
+from retentive.layers.past import Layer, Span
 from retentive.models import LanguageModel, ModelConfig
 from retentive.ops import retention
 
@@ -26,17 +29,59 @@ def config_of(vllm_config: VllmConfig) -> ModelConfig:
     """Returns our config of the model that vLLM loads.
 
     Raises:
-        ValueError: it has attention, or is to be shared by several devices.
+        ValueError: it has other blocks than those that fit, or is to be shared by several devices.
     """
     config = hf.read_config(vllm_config.model_config.hf_config.to_dict())
-    if config.attends:
-        raise ValueError(f"the plugin runs models of retention alone, this is a {config.name}: use `retentive serve`")
+    if wrong := unfit(config):
+        raise ValueError(f"the plugin does not run this {config.name}: it needs {wrong}; use `retentive serve`")
     parallel = vllm_config.parallel_config
     if parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1:
         raise ValueError(
             "the plugin runs a model on one device: set tensor_parallel_size and pipeline_parallel_size to 1"
         )
     return config
+
+
+def unfit(config: ModelConfig) -> str:
+    """Returns what keeps a model from vLLM, as it should be; empty if it fits."""
+    if config.retention is None:
+        return "blocks of retention, and others of attention if wanted"
+    mixers: list[Any] = list(config.mixers)
+    for mixer in mixers:
+        if mixer.kind == Attention.kind and (mixer.forget_gate or mixer.sinks):
+            return "attention without forget gate and sinks"
+        if mixer.kind not in (Attention.kind, MultiScaleRetention.kind):
+            return "one mixer in each block"
+    if len({mixer.head_shape for mixer in mixers if mixer.kind == MultiScaleRetention.kind}) > 1:
+        return "states of one shape"
+    return ""
+
+
+class Cache:
+    """Pages with the keys and values of one block of attention; the `context` of its layer."""
+
+    def __init__(self, config: AttentionConfig, name: str, vllm_config: VllmConfig):
+        self.attention = attention.Attention(
+            config.heads, config.head_dim, config.head_dim**-0.5, num_kv_heads=config.kv_heads,
+            cache_config=vllm_config.cache_config, per_layer_sliding_window=config.window, prefix=name,
+        )  # fmt: skip
+
+    def attend(self, layer: Attention, q: Tensor, new: Layer, spans: list[Span]) -> Tensor:
+        """Returns `[1,N,H,K]` of the N tokens of this step, whose keys and values are written to the pages."""
+        if layer.window and q.device.type == "cpu":
+            self.clear()
+        return self.attention(*(x[0].contiguous() for x in (q, *new))).unflatten(-1, (layer.H, layer.K))[None]
+
+
+    def clear(self) -> None:
+        """Fills the pages that begin in this step with zeros, as vLLM does for attention without a window.
+
+        Its kernel for CPUs multiplies what is beyond the last token by 0, and earlier states there may read as NaN.
+        """
+        pages, slots = self.attention.kv_cache, get_forward_context().slot_mapping
+        if slots:  # unless vLLM measures the memory of a step
+            slot, size = slots[self.attention.layer_name], pages.shape[2]  # of [pages, heads, slots, keys and values]
+            pages[slot[slot % size == 0] // size] = 0
 
 
 class States(MambaBase):
@@ -85,7 +130,7 @@ class States(MambaBase):
         return operator
 
 
-class RetentiveForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching):
+class RetentiveForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCaching):
     """The language model, as vLLM loads it."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
@@ -94,7 +139,11 @@ class RetentiveForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMa
         self.own = LanguageModel(config_of(vllm_config)).eval()
         blocks: list[Any] = list(self.own.blocks)
         for i, block in enumerate(blocks):
-            block.mixer.context = States(block.mixer.config.head_shape, f"{prefix}.blocks.{i}.retention".strip("."))
+            mixer, name = block.mixer, f"{prefix}.layers.{i}.{block.mixer.kind}".strip(".")
+            if mixer.kind == Attention.kind:
+                mixer.context = Cache(mixer.config, name, vllm_config)
+            else:
+                mixer.context = States(mixer.config.head_shape, name)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype]:

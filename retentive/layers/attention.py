@@ -64,7 +64,7 @@ class Attention(nn.Module):
         self.g_proj = nn.Linear(c.dim, self.K * c.heads, bias=False) if c.output_gate else None
         self.forget_proj = nn.Linear(c.dim, c.heads) if c.forget_gate else None
         self.out_proj = nn.Linear(self.K * c.heads, c.dim, bias=False)
-        self.context: Any = None  # with context parallelism what exchanges with other ranks (`train.parallel.context`)
+        self.context: Any = None  # attends elsewhere: with other ranks' tokens (`train.parallel.context`), or in pages
 
     def phases(self, positions: Positions, dtype: torch.dtype) -> Phases:
         """Computes phases for these positions, once for all layers."""
@@ -104,7 +104,7 @@ class Attention(nn.Module):
         if cache is not None:
             self._check(cache, new)
         if self.context is not None:
-            o = self._context_parallel(q_BTHK, new, spans_of(positions, phases.starts, x.shape[1]))
+            o = self.context.attend(self, q_BTHK, new, spans_of(positions, phases.starts, x.shape[1]))
         elif cache is not None and torch.is_grad_enabled():
             o, cache = self._continued(q_BTHK, new, cache, spans_of(positions, phases.starts, x.shape[1]))
         elif positions.cu_seqlens is not None:
@@ -244,15 +244,10 @@ class Attention(nn.Module):
         """Attends to the cache and to new tokens, and returns another cache: gradients pass through both."""
         flat = q.flatten(0, 1)[None]
         new = tuple(x.flatten(0, 1)[None] for x in new)
-        o = self._within(flat, new, spans, tokens_before(cache, spans, self.window, self.sinks))
+        o = self.within(flat, new, spans, tokens_before(cache, spans, self.window, self.sinks))
         return o.unflatten(1, q.shape[:2])[0], cache_after(cache, new, spans, self.slots, self.sinks)
 
-    def _context_parallel(self, q: Tensor, new: Layer, spans: list[Span]) -> Tensor:
-        """Attends within packed sequences, of which other ranks have the tokens before the first."""
-        new, past = self.context.before(new, spans[0].start, self.window, self.sinks)
-        return self._within(q, new, spans, {} if past is None else {0: past})
-
-    def _within(self, q: Tensor, new: Layer, spans: list[Span], past: dict[int, Layer]) -> Tensor:
+    def within(self, q: Tensor, new: Layer, spans: list[Span], past: dict[int, Layer]) -> Tensor:
         """Attends within each span `[1,T,…]`, and to the tokens `[1,P,…]` before those that have a past; else 0."""
         fresh = [span for n, span in enumerate(spans) if n not in past and span.end > span.begin]
         out, places = self._together(q, new, fresh)
@@ -293,7 +288,7 @@ class Attention(nn.Module):
         """
         spans = list(zip(cu[:-1], cu[1:], starts, strict=True))
         if cache is None and self.training:
-            return self._within(q, new, [Span(*each) for each in spans], {}), None
+            return self.within(q, new, [Span(*each) for each in spans], {}), None
         if cache is None:
             S = max(b - a + start for a, b, start in spans)
             cache = tuple(x.new_zeros(len(spans), min(S, self.slots or S), *x.shape[2:]) for x in new)

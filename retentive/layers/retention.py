@@ -57,7 +57,7 @@ class MultiScaleRetention(nn.Module):
         normed = c.value_dim if c.head_norm_joint else self.V
         self.head_norm = RMSNorm(normed, eps=c.norm_eps, affine=c.head_norm_affine) if c.head_norm else None
         self.out_proj = nn.Linear(c.value_dim, c.dim, bias=False)
-        self.context: Any = None  # with context parallelism what exchanges with other ranks (`train.parallel.context`)
+        self.context: Any = None  # has another operator: over several ranks (`train.parallel.context`), or in pages
 
     def phases(self, positions: Positions, dtype: torch.dtype) -> Phases:
         """Computes phases, scales and decays for these positions, once for all layers."""

@@ -457,6 +457,11 @@ OTHERS = {
         ["info"],
         "info needs a run, a model folder, a size (retentive info --sizes lists them) or an architecture",
     ),
+    "info-of-a-model-that-does-not-fit": (
+        ["info", "1m", "--to", "gguf"],
+        "llama.cpp cannot run this RetNet; its architecture arwkv7 needs rotary='none'; qk_norm=False",
+    ),
+    "info-for-another-runtime": (["info", "retnet-portable", "--to", "onnx"], "--to onnx: expected gguf"),
     "bench-of-no-size": (["bench", "decode", "--size", "3m"], "unknown size '3m'"),
     "bench-onto-its-picture": (
         ["bench", "decode", "--size", "1m", "--json", "new/o.png"],

