@@ -87,4 +87,7 @@ def write_folder(command: ExportCommand, source: ModelFolder) -> None:
     off, (library, load) = write(source, command.out, tokenizer=command.tokenizer), LIBRARIES[command.to]
     close = f"differ by {off:.1e} (relative)" if off is not None else f"were not checked: {library} is not installed"
     say(f"{command.out}: the logits of {library} {close}")
+    if stored := source.quantization:
+        size = decimal(sum(file.stat().st_size for file in command.out.glob("*.safetensors")))
+        say(f"weights of {stored.bits} bits were written as floats, {size}: {library} has no integers of this kind")
     say(f"next: {load}({str(command.out)!r}, trust_remote_code=True)")

@@ -108,7 +108,9 @@ def test_integers_are_written_as_floats(exported, same):
 def test_the_command_writes_a_card_and_says_how_close_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(["export", "novels", "--to", "hf", "--out", "theirs"])
-    assert "theirs: the logits of transformers differ by" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "theirs: the logits of transformers differ by" in said
+    assert "weights of 8 bits were written as floats, 12.0 MB: transformers has no integers of this kind" in said
     card = (tmp_path / "theirs" / "README.md").read_text()
     assert "trust_remote_code=True" in card and "English Novel Corpus" in card and '"down_proj"' in card
     assert json.loads((tmp_path / "theirs" / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]
