@@ -12,6 +12,7 @@ import torch
 from retentive.checkpoint import ModelFolder, rwkv, save_model
 from retentive.checkpoint.quantize import quantize
 from retentive.cli import main
+from retentive.data.templates import TURNS
 from retentive.data.tokenizer import ByteTokenizer, train_bpe
 from retentive.export import gguf
 from retentive.export.folder import difference, export, reading
@@ -112,6 +113,26 @@ def test_llama_cpp_and_the_file_cut_text_as_the_tokenizer(kind, tmp_path):
         assert there.tokenize(line.encode(), add_bos=False, special=False) == ids
         if ids:
             assert there.detokenize(ids).decode() == line
+
+
+def test_llama_cpp_chats_by_the_template(tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is run by pip install llama-cpp-python")
+    own = train_bpe(LINES * 3, 400)
+    model = peaked_model(retnet(**{**WIDE, "vocab_size": own.vocab_size}, architecture="retnet-portable"))
+    gguf.write(model, tmp_path / "m.gguf", own, type="f32", template=TURNS)
+    folder = ModelFolder.open(tmp_path / "m.gguf")
+    said = [{"role": "user", "content": "don't we?"}]
+    ids = folder.template(folder.tokenizer).first(said)
+    state, step, answer = None, torch.tensor([ids]), []
+    for _ in range(12):
+        logits, state = model(step, state)
+        answer.append(int(logits[0, -1].argmax()))
+        step = torch.tensor([answer[-1:]])
+    there = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=256, n_threads=1, use_mmap=False, verbose=False)
+    found = there.create_chat_completion(said, max_tokens=12, temperature=0, repeat_penalty=1.0)
+    assert found["usage"]["prompt_tokens"] == len(ids)
+    text = b"".join(there.detokenize([id]) for id in answer).decode(errors="ignore")
+    assert found["choices"][0]["message"]["content"] == text
 
 
 @pytest.mark.parametrize(
