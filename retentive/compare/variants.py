@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from retentive.layers import RetentionConfig
 from retentive.models import ARCHITECTURES, Config, config_of, cost, retnet
+from retentive.models.presets import PORTABLE
 from retentive.ops import decay
 
 Changes = Callable[[RetentionConfig], dict[str, Any]]
@@ -56,6 +57,16 @@ def short_head(heads: int) -> tuple[float, ...]:
 def small_heads(config: RetentionConfig) -> dict[str, Any]:
     """Returns four times as many heads of the same total width."""
     return dict(heads=4 * config.heads, kv_heads=0, value_dim=config.value_dim)
+
+
+def portable(**fields: Any) -> Changes:
+    """Returns `retnet-portable` with changed fields, which make it another architecture."""
+
+    def changes(config: RetentionConfig) -> dict[str, Any]:
+        heads = dict(heads=config.dim // PORTABLE, kv_heads=0, key_dim=config.dim, value_dim=config.dim)
+        return ARCHITECTURES["retnet-portable"] | heads | fields
+
+    return changes
 
 
 VARIANTS = {
@@ -104,6 +115,13 @@ VARIANTS = {
     "retnet-scale-4": Variant("retnet", always(decay_scale=4.0), "log sigmoid / 4"),
     "retnet-scale-8": Variant("retnet", always(decay_scale=8.0), "log sigmoid / 8"),
     "retnet-small-heads": Variant("retnet", small_heads, "four times as many heads, a quarter as wide"),
+    # `retnet-portable` with one part changed
+    "retnet-portable": Variant("retnet-portable", none, "the RetNet that llama.cpp can run"),
+    "portable-slow": Variant("retnet", portable(decay_range=decay.LM_RANGE), "decays that begin as the paper's"),
+    "portable-gated": Variant("retnet", portable(decay="gated", decay_bias=False), "the default's decay"),
+    "portable-swish": Variant("retnet", portable(gate_activation="swish"), "a swish gate"),
+    "portable-rotation": Variant("retnet", portable(rotary="interleaved"), "with rotation"),
+    "portable-qk-norm": Variant("retnet", portable(qk_norm=True), "with QK-norm"),
     "hybrid": Variant("hybrid", none, "one block of four attends"),
     "hybrid-window": Variant("hybrid", always(attention_window=256), "one block of four attends to 256 tokens"),
     "hybrid-window-bare": Variant(

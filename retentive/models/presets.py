@@ -66,6 +66,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "retnet-portable": dict(
         decay="sigmoid",
         decay_bias=True,
+        decay_range=(0.4, 0.02),  # heads that begin as the paper's cost 0.03 bits per byte
         rotary="none",
         qk_norm=False,
         qk_bias=False,
