@@ -9,7 +9,7 @@ weights     tensors between files and models
 torchscale, syncdoth, fla, llama, lightning, hf   fields and names of that layout, each with the same five functions
 convert     a folder in another layout, tensor by tensor
 gguf        files of llama.cpp, read as folders of Llama's layout; gguf_tokenizer: the tokenizers in them
-quantize    matrices of integers
+quantize    matrices of integers; quantize_folder: a folder with them
 adapter     low-rank changes of a model, trained and saved alone
 keys        renames tensors by a table, and checks shared by them
 """

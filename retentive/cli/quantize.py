@@ -1,20 +1,15 @@
 """`retentive quantize`: write a model folder with 8-bit or 4-bit matrices."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from rich.filesize import decimal
-from torch import Tensor
 
-from retentive.checkpoint import ModelFolder, save_model
-from retentive.checkpoint.quantize import BITS, batches_of, check_quantizable, quantize
+from retentive.checkpoint.quantize_folder import quantize_folder
 from retentive.cli.parsing import parse
 from retentive.cli.progress import Lines, say
-from retentive.data.sources import Document, documents
-from retentive.files import only_writer, replace_folder
 from retentive.tables import counted
 
 
@@ -47,40 +42,9 @@ def main(argv: list[str]) -> None:
 
 
 def run(command: QuantizeCommand) -> None:
-    """Load, quantise and write the model, and print the bytes saved."""
-    if command.tokens < 1:
-        raise ValueError(f"--tokens must be at least 1, got {command.tokens}")
-    with only_writer(command.out):  # from the start: it takes long, and another process may want the folder
-        if command.out.exists() or command.out.is_symlink():
-            raise FileExistsError(f"{command.out} exists: choose another folder, nothing is overwritten")
-        write(command)
-
-
-def write(command: QuantizeCommand) -> None:
-    """Write the folder, once no other process can write it."""
-    batches: list[Tensor] = []
-    source = ModelFolder.open(command.source)
-    tokenizer = source.tokenizer_for_text(command.tokenizer) if command.text or command.tokenizer else source.tokenizer
-    model = source.model(dtype=None if source.group is None else "float32")
-    check_quantizable(model)
-    if command.text:
-        batches = batches_of(texts(command.text), source.tokenizer_for_text(tokenizer), tokens=command.tokens)
-    lines = Lines()
-    made = quantize(
-        model, BITS[command.to], source.group if command.group is None else command.group, batches=batches,
-        asymmetric=command.asymmetric,
-        progress=lambda done, blocks: lines(f"{done} of {counted(blocks, 'block')}"),
-    )  # fmt: skip
-    replace_folder(command.out, lambda folder: save_model(folder, made, tokenizer, template=source.template_source))
-    before, after = (sum(x.nbytes for x in m.parameters()) for m in (model, made))
-    if source.gguf:  # the floats exist here only
-        before = source.gguf.path.stat().st_size
-    read = sum(ids.numel() for ids in batches)
-    how = f", calibrated on {read:,} tokens" if read else ""
-    print(f"{command.source} -> {command.out}: {command.to}, {decimal(before)} -> {decimal(after)}{how}")
-
-
-def texts(sources: tuple[str, ...]) -> Iterator[Document]:
-    """Yields all documents of these sources."""
-    for source in sources:
-        yield from documents(source, say=say)
+    """Write the folder, and print the bytes saved."""
+    lines, how = Lines(), vars(command)
+    made = quantize_folder(**how, progress=lambda done, blocks: lines(f"{done} of {counted(blocks, 'block')}"), say=say)
+    read = f", calibrated on {made.tokens:,} tokens" if made.tokens else ""
+    before, after = decimal(made.before), decimal(made.after)
+    print(f"{command.source} -> {command.out}: {command.to}, {before} -> {after}{read}")
