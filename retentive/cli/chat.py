@@ -10,7 +10,7 @@ import time
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -22,8 +22,8 @@ from retentive.cli.loading import Loading
 from retentive.cli.parsing import parse
 from retentive.data.media import SUFFIXES, Media
 from retentive.infer import SamplingParams
-from retentive.infer.conversation import NAME, Conversation
-from retentive.infer.engine import Engine
+from retentive.infer.chat import Chat
+from retentive.infer.conversation import NAME
 from retentive.infer.memory import blank, load_memory, save
 from retentive.infer.text import from_the_first_word
 from retentive.models import LanguageModel
@@ -105,13 +105,10 @@ def run(command: ChatCommand) -> None:
         raise ValueError(f"--states {command.states} is a file: choose a folder")
     model, tokenizer = command.load()
     template = command.template_for(tokenizer, command.template)
-    memory = load_memory(command.memory, model) if command.memory else blank(model)
-    engine = Engine(model, slots=1).start()
-    talk = Talk(Conversation(engine, tokenizer, template, memory), command)
-    try:
+    how: dict[str, Any] = {"memory": command.memory, "max_tokens": command.max_tokens, "sampling": command.sampling}
+    with Chat(model, tokenizer, template, **how) as chat:
+        talk = Talk(chat, command.states)
         talk.until_the_input_ends()
-    finally:
-        engine.close(drain=False)  # after Ctrl-C in an answer nobody wants the rest
     if talk.failed and not talk.at_terminal:
         sys.exit(2)  # so that a script notices; at a terminal the user has seen the message
 
@@ -119,8 +116,8 @@ def run(command: ChatCommand) -> None:
 class Talk:
     """Terminal side of a conversation: lines in, answers out, and their timing."""
 
-    def __init__(self, conversation: Conversation, command: ChatCommand):
-        self.conversation, self.command = conversation, command
+    def __init__(self, chat: Chat, states: Path):
+        self.chat, self.conversation, self.states = chat, chat.conversation, states
         self.at_terminal = sys.stdin.isatty()
         self.first = self.others = 0.0
         """Seconds from the last question to the first text of its answer, and from there to the end."""
@@ -166,10 +163,9 @@ class Talk:
     def answer(self, message: str) -> None:
         """Print the answer to a message as it comes."""
         visible, began, self.first = sys.stdout.isatty(), time.perf_counter(), 0.0
-        content = [*self.shown, message] if self.shown else message
+        content: Any = [*self.shown, message] if self.shown else message
         self.shown = []
-        said = self.conversation.say(content, self.command.sampling, max_tokens=self.command.max_tokens)
-        with closing(said) as pieces:  # on Ctrl-C the conversation keeps what came so far
+        with closing(self.chat.stream(content)) as pieces:  # on Ctrl-C the conversation keeps what came so far
             for piece in from_the_first_word(pieces):
                 self.first = self.first or time.perf_counter() - began
                 if visible:  # removes escape sequences, since a model may write anything
@@ -204,7 +200,7 @@ class Talk:
         name = name.strip()
         if verb in ("/save", "/load") and not re.fullmatch(NAME, name):
             raise ValueError(f"{verb} needs a name of up to 64 letters, digits, '.', '_' and '-', got {name!r}")
-        path = self.command.states / f"{name}.safetensors"
+        path = self.states / f"{name}.safetensors"
         if verb == "/save":
             try:
                 save(memory, path)
