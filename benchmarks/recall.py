@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from rich.filesize import decimal
 
-from retentive import compare, machine
+from retentive import machine
 from retentive.bench.lab.options import Say, silent, words
 from retentive.bench.lab.plot import LOOKS, MOST, grid, legend, panel
+from retentive.compare import VARIANTS, config_of_variant
 from retentive.data.loader import Batch
 from retentive.machine import pick_device
 from retentive.models import Config, LanguageModel, build, cost
@@ -119,7 +120,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         ValueError: an unknown variant, a number below 1, more pairs than keys, or a model in `out` with other options.
     """
     variants, dims, pairs, steps = words(options.variants), options.dims, options.pairs, options.steps
-    known(variants, compare.VARIANTS, "variant")
+    known(variants, VARIANTS, "variant")
     at_least_one(options, "pairs", "dims", "steps", "tokens")
     if not options.lrs:
         raise ValueError("lrs has no learning rate: give one or more")
@@ -129,7 +130,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     found = []
     for dim, variant in product(dims, variants):
         shape = dict(dim=dim, layers=2, heads=2)
-        config: Any = compare.config_of_variant(compare.VARIANTS[variant], "1m", vocab_size=KEYS + VALUES, **shape)
+        config: Any = config_of_variant(VARIANTS[variant], "1m", vocab_size=KEYS + VALUES, **shape)
         by_rate: dict[float, dict[str, float]] = {}
         for lr in options.lrs:
             folder = options.out / f"{variant}_{dim}_lr{lr:g}"

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import BENCHES
-from retentive import bench, compare
+from retentive.bench import BENCHES as OURS
 from retentive.bench.run import draw, title_of
 from retentive.files import write_json
 from retentive.report.page import kind_of
 
-ALL = bench.BENCHES | BENCHES
+ALL = OURS | BENCHES
 
 
 def redraw(paths: Sequence[Path]) -> list[Path]:
@@ -28,14 +28,14 @@ def redraw(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         result = json.loads(path.read_text(encoding="utf-8"))
         verb, _, name = kind_of(result.get("command", "")).partition(" ")
-        module: Any = compare if verb == "compare" else None
+        module: Any = importlib.import_module("retentive.compare") if verb == "compare" else None
         if verb == "bench" and name in ALL:
             module = importlib.import_module(ALL[name])
             write_json(path, result | {"table": module.table(result)})
         if module is None:
             continue
         if path.with_suffix(".png").exists():
-            title = compare.title_of(result) if module is compare else title_of(module, result)
+            title = module.title_of(result) if verb == "compare" else title_of(module, result)
             draw(path, module.plot, result, title)
         done.append(path)
     return done

@@ -23,7 +23,7 @@ FLOORS = [
     "evals",
     "train",
 ]
-FLOORS += ["hf export serve bench", "compare linearization", "report", "cli", "__main__"]
+FLOORS += ["hf export serve bench", "compare linearization", "report calls", "cli", "__main__"]
 FLOOR = {room: n for n, rooms in enumerate(FLOORS) for room in rooms.split()}
 FACE = {"load": "checkpoint", "__version__": None}  # names of the package itself, and the room each comes from
 PACKAGE = Path(retentive.__file__).parent

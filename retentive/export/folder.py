@@ -54,7 +54,7 @@ def export(
     weights: str = "stored",
     standard: bool = False,
     type: gguf.Type | None = None,
-    tokenizer: str | None = None,
+    tokenizer: str | Tokenizer | None = None,
     progress: Progress | None = None,
 ) -> Exported:
     """Writes the model of a folder for another runtime, in a new folder, as a whole or not at all.

@@ -51,7 +51,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "g_proj", "out_proj", "gate_proj", "up_
 """Matrices that LoRA changes."""
 
 
-def to_hf(source: str | Path | ModelFolder, out: Path, *, tokenizer: str | None = None) -> float:
+def to_hf(source: str | Path | ModelFolder, out: Path, *, tokenizer: str | Tokenizer | None = None) -> float:
     """Writes a model for transformers, in a new folder, as a whole or not at all.
 
     Integer weights are written as the floats that they stand for.
@@ -81,7 +81,9 @@ Finish = Callable[[Path, ModelFolder, LanguageModel, dict[str, Any]], Far]
 """Function that writes config.json from its fields, classes and card, and returns the difference of the logits."""
 
 
-def write_folder(source: str | Path | ModelFolder, out: Path, finish: Finish[Far], *, tokenizer: str | None) -> Far:
+def write_folder(
+    source: str | Path | ModelFolder, out: Path, finish: Finish[Far], *, tokenizer: str | Tokenizer | None
+) -> Far:
     """Writes weights and words, and calls `finish`, in a new folder, as a whole or not at all; raises as `to_hf`."""
     with only_writer(out):
         if out.exists() or out.is_symlink():

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from retentive.checkpoint import ModelFolder
+from retentive.data.tokenizer import Tokenizer
 from retentive.files import write_json, write_text
 from retentive.hf.folder import card, compared, write_folder
 from retentive.models import LanguageModel
@@ -30,7 +31,7 @@ def unfit(config: Any) -> list[str]:
     return found + (["attention sinks"] if any(m.sinks for m in attention) else [])
 
 
-def to_mlx(source: str | Path | ModelFolder, out: Path, *, tokenizer: str | None = None) -> float | None:
+def to_mlx(source: str | Path | ModelFolder, out: Path, *, tokenizer: str | Tokenizer | None = None) -> float | None:
     """Writes a model for mlx-lm, in a new folder, as a whole or not at all.
 
     Integer weights are written as the floats that they stand for; `mlx_lm.convert` quantises for mlx.

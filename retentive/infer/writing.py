@@ -110,7 +110,7 @@ def stream_generate(
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, bias or {}, seed)
     stop = stops(stop)  # checked now, since the rest is a generator
     how = _method(params, beams, lookup, draft)
-    model, tokenizer = _opened(model, tokenizer)
+    model, tokenizer = opened(model, tokenizer)
     check_bias(params, model.config.vocab_size)
     if isinstance(memory, str | Path):
         memory = load_memory(memory, model)
@@ -120,7 +120,7 @@ def stream_generate(
     return _without(len(prompt), whole)
 
 
-def _opened(
+def opened(
     model: LanguageModel | ModelFolder | str | Path, tokenizer: Tokenizer | str | None
 ) -> tuple[LanguageModel, Tokenizer]:
     """Returns the model and its tokenizer; a folder's model is run by the engine that `retentive generate` would take.

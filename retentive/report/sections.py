@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retentive import compare
 from retentive.bench import BENCHES
+from retentive.compare import VARIANTS
+from retentive.compare import table as comparison_table
 from retentive.evals.run import table as task_table
 from retentive.models import PEERS
 
@@ -28,7 +29,7 @@ def table(kind: str, result: Result) -> str | None:
     verb, _, name = kind.partition(" ")
     if verb == "bench" and name in BENCHES:  # files of version 0.1.0 hold no table
         return importlib.import_module(BENCHES[name]).table(result)
-    tables = {"compare": compare.table, "eval": lambda result: task_table(result["results"])}
+    tables = {"compare": comparison_table, "eval": lambda result: task_table(result["results"])}
     return tables[kind](result) if kind in tables else None
 
 
@@ -57,7 +58,7 @@ def _compares(about: str) -> Callable[[str, Result], bool]:
             return False
         rows = result["rows"]
         # user-defined variants are always of our models: peers have no fields to set
-        known = [compare.VARIANTS[row["variant"]] for row in rows if row["variant"] in compare.VARIANTS]
+        known = [VARIANTS[row["variant"]] for row in rows if row["variant"] in VARIANTS]
         # checked first, since such a comparison may have several sizes too
         if {variant.model for variant in known} & set(PEERS):
             return about == "others"

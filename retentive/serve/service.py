@@ -135,7 +135,7 @@ def open_service(
     run: str | Path | ModelFolder,
     options: Options | None = None,
     *,
-    tokenizer: str | None = None,
+    tokenizer: str | Tokenizer | None = None,
     adapter: str | Path | ModelFolder | None = None,
     load: Callable[[ModelFolder, ModelFolder | None], LanguageModel] = _load,
 ) -> Service:

@@ -7,10 +7,6 @@ train(model, batches, objective, config, out)                          the loop 
 launch(TrainRun(…).run, nproc=8)                                       a run by several processes (`parallel.launch`)
 """
 
-import sys
-from types import ModuleType
-from typing import Any
-
 from retentive.train.config import TrainConfig
 from retentive.train.hooks import Hooks
 from retentive.train.loop import train
@@ -21,14 +17,3 @@ from retentive.train.sft import SftRun
 from retentive.train.signals import Interrupted
 
 __all__ = ["Hooks", "Interrupted", "Parallel", "SftRun", "TrainConfig", "TrainRun", "language_modelling", "train"]
-
-
-class _Callable(ModuleType):
-    """A module that can be called. Importing this package replaces the function `retentive.train` by the package, as
-    Python sets a subpackage on its parent; so the package must do what the function does."""
-
-    def __call__(self, data: Any, out: Any, **options: Any) -> Any:
-        return TrainRun.of(data, out, **options).run(overrides=options)
-
-
-sys.modules[__name__].__class__ = _Callable

@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks.__main__ import run
 from benchmarks.redraw import ALL
-from retentive import compare
 from retentive.bench import prefill
 from retentive.bench.run import title_of
+from retentive.compare import title_of as title_of_comparison
 from retentive.report.page import read
 
 RESULTS = sorted((Path(__file__).parents[2] / "results").glob("*.json"))
@@ -55,4 +55,4 @@ def test_committed_results_are_shown_as_their_benches_show_them(path):
         assert file.table == bench.table(file.result), "run: python -m benchmarks redraw results/*.json"
         assert bench.PICTURE is None or title_of(bench, file.result)
     elif verb == "compare":
-        assert compare.title_of(file.result)
+        assert title_of_comparison(file.result)
