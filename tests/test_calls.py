@@ -60,14 +60,14 @@ def options_of(*places) -> set[str]:
     ],
 )
 def test_the_command_line_has_no_option_that_python_lacks(command, places):
-    flags = {f.name for f in fields(command)} - LOADING - {"sampling", "options", "states", "image", "audio"}
+    flags = {f.name for f in fields(command)} - LOADING - {"sampling", "options", "states", "text", "image", "audio"}
     assert flags <= options_of(*places)
 
 
 def test_every_command_is_a_call():
     # `evaluate` is the verb eval; data, info, convert, report and demo write or print files and take none of a model's
     assert {"eval" if name == "evaluate" else name for name in retentive.__all__} - {"load", "stream_generate"} == (
-        set(VERBS) - {"data", "info", "convert", "report", "demo"}
+        set(VERBS) - {"data", "info", "convert", "report", "demo", "completion"}
     )
 
 

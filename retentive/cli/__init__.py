@@ -1,5 +1,6 @@
 """`retentive VERB …`: a table of verbs. Each has its own module, imported only when the verb is called."""
 
+import difflib
 import importlib
 import io
 import logging
@@ -36,8 +37,20 @@ VERBS = {
         "retentive.cli.convert",
         "convert model folders between our layout, torchscale's, fla's and Llama's",
     ),
+    "completion": ("retentive.cli.completion", "print a script that completes commands and options: bash, zsh or fish"),
 }
 """Module of each verb, whose `main(argv)` runs it, and a line of help. `retentive --help` imports no torch."""
+ALIASES = {
+    "--learning-rate": "--lr",
+    "--batch-size": "--batch",
+    "--max-steps": "--steps",
+    "--warmup-steps": "--warmup",
+    "--max-length": "--length",
+    "--grad-clip": "--clip",
+    "--gradient-accumulation-steps": "--accumulate",
+}
+"""Other tools' names of options, for the verbs of TRAINING."""
+TRAINING = ("train", "sft", "linearize", "compare")
 
 
 def main(argv: list[str] | None = None, program: Callable[[list[str]], None] | None = None) -> None:
@@ -82,17 +95,28 @@ def show_log() -> None:
 
 def run(argv: list[str]) -> None:
     """Print the usage or the version, or call the main function of the verb."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if len(argv) > 1 and argv[0] == "help":
+        argv = [*argv[1:], "--help"]
+    if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
-    elif argv[0] in ("-V", "--version"):
+    elif argv[0] in ("-V", "--version", "version"):
         print(f"retentive {__version__}")
     elif argv[0] == "generate" and len(argv) > 1 and argv[1].endswith(".onnx"):
         importlib.import_module("retentive.cli.generate_exported").main(argv[1:])  # it needs no torch
     elif argv[0] in VERBS:
         prepare()
-        importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
+        options = argv[1:] if argv[0] not in TRAINING else [renamed(word) for word in argv[1:]]
+        importlib.import_module(VERBS[argv[0]][0]).main(options)
     else:
-        raise ValueError(f"unknown command {argv[0]!r}, expected one of {', '.join(VERBS)} (retentive --help)")
+        close = difflib.get_close_matches(argv[0], VERBS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(VERBS)}"
+        raise ValueError(f"unknown command {argv[0]!r}: {hint} (retentive --help)")
+
+
+def renamed(word: str) -> str:
+    """Return an argument with our name of its option, if it is another tool's."""
+    name, equals, value = word.partition("=")
+    return ALIASES.get(name, name) + equals + value
 
 
 def prepare() -> None:
@@ -107,5 +131,5 @@ def prepare() -> None:
 def usage() -> str:
     """Return the list of verbs with their one-line descriptions."""
     lines = ["usage: retentive COMMAND [OPTIONS]    (retentive COMMAND --help lists its options)", ""]
-    lines += [f"  {verb:<9} {text}" for verb, (_, text) in VERBS.items()]
+    lines += [f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items()]
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import tyro
 from retentive.checkpoint import ModelFolder
 from retentive.cli.loading import Loading
 from retentive.cli.parsing import check_once, parse, typed_options
-from retentive.cli.typing_out import prompt_text, type_out
+from retentive.cli.typing_out import piped, prompt_text, type_out
 from retentive.data.media import KINDS, Media
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer import SamplingParams
@@ -24,8 +24,10 @@ from retentive.sampling import TEXT
 class GenerateCommand(Loading):
     """Generate text: read the prompt in chunks, then decode token by token from a state of constant size."""
 
+    text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")] = ""
+    """The same as --prompt."""
     prompt: str = ""
-    """Text to continue; - reads standard input; empty starts a document."""
+    """Text to continue; - reads standard input, as does a pipe. Empty starts a document."""
     image: tuple[str, ...] = ()
     """Pictures for a model that sees. The model gets them in this order, then the sounds, then the prompt, and answers
     by its chat template."""
@@ -68,9 +70,11 @@ def about(command: GenerateCommand, model: LanguageModel, tokenizer: Tokenizer, 
 
 def run(command: GenerateCommand) -> None:
     """Print the prompt and the generated text, as it comes."""
+    if command.text and command.prompt:
+        raise ValueError(f"--prompt {command.prompt}: the prompt {command.text!r} is given already: leave out one")
     model, tokenizer = command.load()
     draft = None if command.draft is None else command.model(ModelFolder.open(command.draft))
-    prompt = prompt_text(command.prompt)
+    prompt = prompt_text(command.text or command.prompt or piped())
     if command.image or command.audio:
         type_out("", about(command, model, tokenizer, prompt))
         return

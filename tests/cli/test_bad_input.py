@@ -349,7 +349,7 @@ QUANTISING = {
     "taken": (["run", "--out", "data"], "data exists: choose another folder, nothing is overwritten"),
     "group": (["run", "--out", "new", "--group", "24"], "--group 24: must be a multiple of 16 columns, up to 256"),
     "no-text": (["run", "--out", "new", "--text", "nowhere"], "nowhere"),
-    "no-tokens": (["run", "--out", "new", "--text", "corpus", "--tokens", "0"], "--tokens must be at least 1, got 0"),
+    "no-tokens": (["run", "--out", "new", "--text", "corpus", "--tokens", "0"], "--tokens 0: must be at least 1"),
     "no-tokenizer": (["bare", "--out", "new", "--text", "corpus"], "bare has no tokenizer.json"),
     "NaN": (["damaged", "--out", "new"], "the weights are damaged: embed.weight holds a number that is not finite"),
     "huge": (["huge", "--out", "new"], "a weight of 1e+08 is too large for a scale of 16 bits"),
@@ -451,7 +451,10 @@ def test_engines_that_cannot_run_the_model(refused):
 
 
 OTHERS = {
-    "unknown-verb": (["trian"], "unknown command 'trian', expected one of demo, data, train"),
+    "unknown-verb": (["trian"], "unknown command 'trian': did you mean train?"),
+    "a-verb-like-no-other": (["zzz"], "unknown command 'zzz': expected one of demo, data, train"),
+    "unknown-shell": (["completion", "tcsh"], "shell tcsh: expected one of 'bash', 'zsh', 'fish'"),
+    "two-prompts": (["generate", "novels", "Once", "--prompt", "Twice"], "the prompt 'Once' is given already"),
     "unknown-bench": (["bench", "speed"], "unknown bench 'speed', expected one of train, prefill, decode, serving"),
     "info-of-nothing": (
         ["info"],

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from benchmarks.__main__ import run as program
 from retentive import native
 from retentive.bench import BENCHES
 from retentive.cli import (
+    ALIASES,
     VERBS,
     chat,
     compare,
+    completion,
     convert,
     data,
     demo,
@@ -32,6 +35,7 @@ from retentive.cli import (
     main,
     memory,
     quantize,
+    renamed,
     report,
     serve,
 )
@@ -70,6 +74,7 @@ COMMANDS = {
     "export": export.ExportCommand,
     "compare": compare.CompareCommand,
     "report": report.ReportCommand,
+    "completion": completion.CompletionCommand,
     **{f"bench {name}": importlib.import_module(module).Options for name, module in BENCHES.items()},
 }
 BENCHMARKS = {name: importlib.import_module(module).Options for name, module in benchmarks.BENCHES.items()}
@@ -78,12 +83,26 @@ INNER |= {"comparison": Comparison, "config": DataConfig, "parallel": Parallel}
 """Fields that are dataclasses themselves, whose fields are the command's."""
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]], ids=str)
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]], ids=str)
 def test_usage_names_every_verb(argv, capsys):
     main(argv)
     shown = capsys.readouterr().out
     assert shown.startswith("usage: retentive COMMAND")
     assert all(re.search(rf"^  {verb} +{re.escape(text)}$", shown, re.MULTILINE) for verb, (_, text) in VERBS.items())
+
+
+def test_names_of_other_tools_are_options_of_training():
+    assert renamed("--learning-rate=3e-3") == "--lr=3e-3" and renamed("--lr") == "--lr"
+    own = {f"--{f.name.replace('_', '-')}" for kind in (TrainRun, TrainConfig) for f in fields(kind)}
+    assert set(ALIASES.values()) <= own and not own & set(ALIASES)
+
+
+@pytest.mark.parametrize("argv", [["help", "sft"], ["version"]], ids=str)
+def test_words_in_place_of_flags(argv, capsys):
+    with suppress(SystemExit):
+        main(argv)
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: retentive sft" if argv[0] == "help" else f"retentive {retentive.__version__}")
 
 
 def test_every_verb_has_its_module():

@@ -1,6 +1,9 @@
 """Parts that commands for a model share: prompts that are not text, and names in the usage."""
 
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 import tyro
@@ -29,6 +32,31 @@ def test_bytes_on_standard_input_are_refused(errors, monkeypatch, refuses):
         prompt_text("-")
     with refuses("the prompt is not UTF-8 text"):
         prompt_text("a\udcff")
+
+
+@pytest.mark.parametrize("way", ["piped", "by position", "from a file"])
+def test_a_prompt_without_its_option(way, tmp_path):
+    argv = [sys.executable, "-m", "retentive", "generate", "novels", "--max-tokens", "2", "--temperature", "0"]
+    (tmp_path / "prompt").write_text("The old house")
+    if way == "from a file":
+        with (tmp_path / "prompt").open() as file:
+            done = subprocess.run(argv, stdin=file, capture_output=True, text=True, check=True)
+    else:
+        how = {"input": "The old house"} if way == "piped" else {"stdin": subprocess.DEVNULL}
+        argv += [] if way == "piped" else ["The old house"]
+        done = subprocess.run(argv, capture_output=True, text=True, check=True, **how)
+    assert done.stdout.startswith("The old house")
+
+
+def test_a_pipe_that_nobody_writes_to_is_left_alone():
+    argv = [sys.executable, "-c", "from retentive.cli.typing_out import piped; print([piped()])"]
+    read, write = os.pipe()
+    try:
+        done = subprocess.run(argv, stdin=read, capture_output=True, text=True, check=True, timeout=60)
+    finally:
+        os.close(read)
+        os.close(write)
+    assert done.stdout == "['']\n"
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, *VERBS])
