@@ -17,7 +17,20 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retentive.calls import bench, chat, compare, export, linearize, memory, quantize, serve, sft, train
+    from retentive.calls import (
+        bench,
+        chat,
+        classify,
+        compare,
+        embed,
+        export,
+        linearize,
+        memory,
+        quantize,
+        serve,
+        sft,
+        train,
+    )
     from retentive.checkpoint import load
     from retentive.evals import evaluate
     from retentive.infer.writing import generate, stream_generate
@@ -25,7 +38,9 @@ if TYPE_CHECKING:
 __all__ = [
     "bench",
     "chat",
+    "classify",
     "compare",
+    "embed",
     "evaluate",
     "export",
     "generate",

