@@ -4,7 +4,8 @@ embed(model, tokenizer, ["a cat", "a dog"])                    the mean of the t
 embed(model, tokenizer, ["a cat", "a dog"], pooling="last")    the last token's, which has read the whole text
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Literal, get_args
 
 import torch
@@ -16,13 +17,10 @@ from retentive.models import LanguageModel
 from retentive.options import check_type, option
 
 Pooling = Literal["mean", "last"]
-BUDGET = 8192
-"""Maximum tokens of a batch, padding included."""
 CHUNK = 4096
-"""Tokens of one text read at once."""
+"""Tokens read at once: of several texts, packed, or of a part of a longer one."""
 
 
-@torch.no_grad()
 def embed(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], *, pooling: Pooling = "mean") -> Tensor:
     """Returns vectors of length 1, float32 `[N,D]`. Each text follows an end-of-text token, which is not counted.
 
@@ -41,32 +39,40 @@ def embed(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], *, p
         check_type("a text", text, str)
         if not text:
             raise ValueError("a text to embed is empty")
-    ids = [[tokenizer.eos_id, *each] for each in tokenizer.encode_batch(list(texts))]
-    order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
-    found = torch.empty(len(ids), model.config.dim)
-    while order:
-        count = 1
-        while count < len(order) and (count + 1) * len(ids[order[count]]) <= BUDGET:
-            count += 1
-        batch, order = order[:count], order[count:]
-        found[batch] = _pooled(model, [ids[n] for n in batch], pooling)
-    if not bool(found.isfinite().all()):
+    return embed_ids(model, [[tokenizer.eos_id, *each] for each in tokenizer.encode_batch(list(texts))], pooling)
+
+
+@torch.no_grad()
+def embed_ids(model: LanguageModel, texts: Sequence[list[int]], pooling: Pooling) -> Tensor:
+    """As `embed`, of texts as ids, each after an end-of-text token."""
+    vectors = torch.stack([vector for group in _groups(texts) for vector in _pooled(model, group, pooling)])
+    if not bool(vectors.isfinite().all()):
         raise ArithmeticError(NOT_FINITE)
-    return torch.nn.functional.normalize(found, dim=-1)
+    return torch.nn.functional.normalize(vectors, dim=-1)
 
 
-def _pooled(model: LanguageModel, rows: list[list[int]], pooling: Pooling) -> Tensor:
-    """Returns `[B,D]` of rows that are padded on the right, in chunks."""
-    longest = max(map(len, rows))
-    counts = torch.tensor([len(row) for row in rows])
-    padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    total, state = torch.zeros(len(rows), model.config.dim), None
-    for begin in range(0, longest, CHUNK):
-        part = padded[:, begin : begin + CHUNK].to(model.device)
-        real = (counts - begin).clamp(0, part.shape[1])
-        lengths = torch.stack((torch.zeros_like(real), real), 1).to(model.device)
-        x, state = model.hidden(part, state, lengths=lengths)
-        at = begin + torch.arange(part.shape[1])
-        counted = (at > 0) & (at < counts[:, None]) if pooling == "mean" else at == counts[:, None] - 1
-        total += torch.where(counted[..., None], x.float().cpu(), 0.0).sum(1)
-    return total / (counts - 1)[:, None] if pooling == "mean" else total
+def _groups(texts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
+    """Yields consecutive texts that are read in one call; a text longer than that is a group by itself."""
+    group: list[list[int]] = []
+    for ids in texts:
+        if group and sum(map(len, group)) + len(ids) > CHUNK:
+            yield group
+            group = []
+        group.append(ids)
+    yield group
+
+
+def _pooled(model: LanguageModel, texts: list[list[int]], pooling: Pooling) -> Iterator[Tensor]:
+    """Yields a vector `[D]` for each text of a group."""
+    if len(texts) > 1:
+        borders = [0, *accumulate(map(len, texts))]
+        packed = torch.tensor([[id for ids in texts for id in ids]], device=model.device)
+        x, _ = model.hidden(packed, cu_seqlens=torch.tensor(borders, device=model.device))
+        for a, b in pairwise(borders):
+            yield (x[0, a + 1 : b].float().mean(0) if pooling == "mean" else x[0, b - 1].float()).cpu()
+        return
+    [ids], total, state = texts, torch.zeros(model.config.dim), None
+    for begin in range(0, len(ids), CHUNK):
+        x, state = model.hidden(torch.tensor([ids[begin : begin + CHUNK]], device=model.device), state)
+        total += x[0, int(not begin) :].float().sum(0).cpu()  # without the end of text before it
+    yield total / (len(ids) - 1) if pooling == "mean" else x[0, -1].float().cpu()

@@ -1,6 +1,7 @@
 """The FastAPI application: OpenAI's endpoints, states and sessions, health, metrics, and the page.
 
-    POST /v1/chat/completions, /v1/completions      GET /v1/models, /v1/models/{id}, /v1/info
+    POST /v1/chat/completions, /v1/completions, /v1/responses, /v1/embeddings
+    GET /v1/models, /v1/models/{id}, /v1/info
     GET, POST /v1/states    GET, PUT, DELETE /v1/states/{name}    POST /v1/states/{name}/restore
     DELETE /v1/sessions/{name}
     GET /health, /metrics, /
@@ -24,11 +25,14 @@ from starlette.types import Receive, Scope, Send
 from retentive.infer.memory import Memory
 from retentive.page import FILES
 from retentive.serve.completion import ClientLeft, Completion, described
+from retentive.serve.embeddings import embeddings
 from retentive.serve.errors import Refused
 from retentive.serve.middleware import AccessMiddleware
 from retentive.serve.requests import (
     ChatRequest,
     CompletionRequest,
+    EmbeddingRequest,
+    InputRequest,
     Named,
     RestoreRequest,
     SaveRequest,
@@ -36,6 +40,7 @@ from retentive.serve.requests import (
     receive,
     receive_file,
 )
+from retentive.serve.responses import to_json
 from retentive.serve.service import Service
 
 GRACE = 5
@@ -84,8 +89,9 @@ def create_app(service: Service) -> FastAPI:
 def _completions(app: FastAPI, service: Service) -> None:
     """Adds the routes of completions."""
 
-    async def complete(http: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
-        request = await receive(http, kind, service.options, media=service.open_media is not None)
+    async def complete(http: Request, kind: type[ChatRequest | CompletionRequest | InputRequest]) -> Response:
+        received = await receive(http, kind, service.options, media=service.open_media is not None)
+        request = received.as_chat() if isinstance(received, InputRequest) else received
         completion = Completion(service, request, http.state.owner, http.state.request_id)
         try:
             await completion.begin(lambda: _disconnect(http.receive))
@@ -105,6 +111,15 @@ def _completions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(http: Request) -> Response:
         return await complete(http, CompletionRequest)
+
+    @app.post("/v1/responses")
+    async def responses(http: Request) -> Response:
+        return await complete(http, InputRequest)
+
+    @app.post("/v1/embeddings")
+    async def embed(http: Request) -> Response:
+        request = await receive(http, EmbeddingRequest, service.options)
+        return Response(to_json(await embeddings(service, request)), media_type="application/json")
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -26,8 +26,8 @@ from retentive.infer.text import Text
 from retentive.serve.async_engine import Mailbox
 from retentive.serve.choices import Choice, Delta, Prompt
 from retentive.serve.errors import Refused, try_later
-from retentive.serve.requests import ChatRequest, CompletionRequest
-from retentive.serve.responses import ChatResponses, CompletionResponses, Responses, event
+from retentive.serve.requests import ChatRequest, CompletionRequest, ResponseRequest
+from retentive.serve.responses import ChatResponses, CompletionResponses, ItemResponses, Responses
 from retentive.serve.service import Service
 
 LONG = 20_000
@@ -35,6 +35,11 @@ LONG = 20_000
 MOST_ECHOED = 1 << 18
 """Maximum log probabilities of echoed prompts in one response, which is held in memory as a whole."""
 
+RESPONSES: dict[type, type[Responses]] = {
+    CompletionRequest: CompletionResponses,
+    ChatRequest: ChatResponses,
+    ResponseRequest: ItemResponses,
+}
 log = logging.getLogger("retentive.serve")
 T = TypeVar("T")
 
@@ -63,7 +68,7 @@ class Completion:
         # undone in reverse by `close`: streams, timers, the session's checkout, the count of requests in flight
         self.exits = ExitStack()
         usage = request.stream_options is not None and request.stream_options.include_usage
-        kind: type[Responses] = ChatResponses if isinstance(request, ChatRequest) else CompletionResponses
+        kind = RESPONSES[type(request)]
         self.responses = kind(service.name, service.tokenizer, logprobs=self.top is not None, usage=usage)
 
     async def begin(self, client_leaves: Callable[[], Awaitable[None]]) -> None:
@@ -137,7 +142,7 @@ class Completion:
                     yield await _in_thread(large, partial(self.responses.chunks, deltas))
                 await self._remember()
         except Refused as error:
-            yield event(error.body)
+            yield self.responses.failed(error.body)
             return
         except ClientLeft:
             return

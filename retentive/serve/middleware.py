@@ -12,7 +12,10 @@ from retentive.serve.errors import Refused
 from retentive.serve.service import Service
 from retentive.serve.sessions import owner_of
 
-ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/states", "/v1/sessions", "/v1/info")
+ROUTES = tuple(
+    f"/v1/{name}"
+    for name in ("chat/completions", "completions", "responses", "embeddings", "models", "states", "sessions", "info")
+)
 """Endpoints that need an API key if there are keys. A name follows them in a path."""
 
 

@@ -5,6 +5,7 @@ itself into prompts (`prompts`) and sampling parameters (`sampling`); `completio
 """
 
 import asyncio
+import json
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -13,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 
 from retentive.data.media import Media, media_of
+from retentive.data.tokenizer import Tokenizer
 from retentive.infer import SamplingParams
 from retentive.infer.conversation import NAME, Conversation
 from retentive.serve.choices import Prompt
@@ -63,6 +65,16 @@ def _as_parts(value: Any) -> Any:
     if not isinstance(value, str | list):
         raise ValueError("expected a string, or a list of parts")
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+def _as_input_parts(value: Any) -> Any:
+    """Returns an item's `content`, a string or a list of parts, as a list of parts."""
+    return [{"type": "input_text", "text": value}] if isinstance(value, str) else value
+
+
+def _as_items(value: Any) -> Any:
+    """Returns `input`, a text of the user or a list of items, as a list of items."""
+    return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
 class Body(BaseModel):
@@ -308,18 +320,17 @@ class ChatRequest(Generation):
         roles = {"developer": "system"}  # OpenAI's newer name, unknown to templates
         messages, media = list[Any](), list[Media]()
         for n, m in enumerate(self.messages):
-            found = content(m.content, open_media, media, options, f"messages[{n}].content")
+            found = content(m.content, open_media, media, options, f"{self.prompt_field}[{n}].content")
             media += media_of([{"content": found}])
             if m.role == "assistant" and not isinstance(found, str):
-                raise Refused(
-                    400, "an answer is text: pictures and sounds are the user's", param=f"messages[{n}].content"
-                )
+                message = "an answer is text: pictures and sounds are the user's"
+                raise Refused(400, message, param=f"{self.prompt_field}[{n}].content")
             messages.append({"role": roles.get(m.role, m.role), "content": found})
         try:
             ids, rows = conversation.turn(messages)
             return [Prompt(ids, rows=rows)]
         except ValueError as error:
-            raise Refused(400, str(error), param="messages", code="template_refuses") from None
+            raise Refused(400, str(error), param=self.prompt_field, code="template_refuses") from None
 
     def length(self, most: int) -> int:
         if self.max_completion_tokens is not None:
@@ -340,10 +351,114 @@ class ChatRequest(Generation):
             raise Refused(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
 
 
+class InputTextPart(Body):
+    type: Literal["input_text", "output_text"]
+    text: str
+
+    def as_chat(self) -> dict[str, Any]:
+        return {"type": "text", "text": self.text}
+
+
+class InputImagePart(Body):
+    type: Literal["input_image"]
+    image_url: str
+
+    def as_chat(self) -> dict[str, Any]:
+        return {"type": "image_url", "image_url": {"url": self.image_url}}
+
+
+class InputItem(Body):
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        list[Annotated[InputTextPart | InputImagePart, Field(discriminator="type")]],
+        BeforeValidator(_as_input_parts),
+        Field(min_length=1),
+    ]
+
+    def as_chat(self) -> dict[str, Any]:
+        return {"role": self.role, "content": [part.as_chat() for part in self.content]}
+
+
+class TextFormat(Body):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+
+
+class TextOptions(Body):
+    format: TextFormat | None = None
+
+
+class InputRequest(Body):
+    """Body of /v1/responses, which is answered as a chat."""
+
+    model: str | None = None
+    input: Annotated[list[InputItem], BeforeValidator(_as_items), Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stream: bool | None = None
+    text: TextOptions | None = None
+    session: Name | None = None
+    seed: int | None = None
+    tools: list[Any] | None = None
+    previous_response_id: str | None = None
+
+    def as_chat(self) -> "ResponseRequest":
+        """Returns the same request as a chat.
+
+        Raises:
+            Refused: a field that is not served, or a value that a chat does not take.
+        """
+        if self.previous_response_id is not None:
+            message = "previous_response_id is not served: keep the conversation in a session"
+            raise Refused(400, message, param="previous_response_id")
+        messages: list[dict[str, Any]] = []
+        if self.instructions:
+            messages.append({"role": "system", "content": self.instructions})
+        messages += [item.as_chat() for item in self.input]
+        same = ("model", "temperature", "top_p", "stream", "session", "seed", "tools")
+        body = {name: value for name in same if (value := getattr(self, name)) is not None}
+        if self.max_output_tokens is not None:
+            body["max_completion_tokens"] = self.max_output_tokens
+        if (form := self.text and self.text.format) and form.type != "text":
+            schema = {"json_schema": {"schema": form.json_schema}} if form.json_schema is not None else {}
+            body["response_format"] = {"type": form.type, **schema}
+        return parse(ResponseRequest, json.dumps({**body, "messages": messages}).encode())
+
+
+class ResponseRequest(ChatRequest):
+    prompt_field = "input"
+
+
 def _at_most(most: int, asked: int, param: str) -> int:
     if asked > most:
         raise Refused(400, f"{param} is at most {most} on this server, got {asked}", param=param)
     return asked
+
+
+class EmbeddingRequest(Body):
+    model: str | None = None
+    input: Annotated[list[str | list[int]], BeforeValidator(_as_prompts), Field(max_length=2048)]
+    encoding_format: Literal["float", "base64"] | None = None
+    pooling: Literal["mean", "last"] | None = None
+    dimensions: int | None = None
+
+    def texts(self, tokenizer: Tokenizer, options: Options) -> list[list[int]]:
+        """Returns the ids of each text, after an end-of-text token.
+
+        Raises:
+            Refused: a text is empty, or longer than a prompt may be.
+        """
+        found = [x if isinstance(x, list) else tokenizer.encode(x) for x in self.input]
+        for n, ids in enumerate(found):
+            if not ids:
+                raise Refused(400, "a text to embed is empty", param=f"input[{n}]")
+            if len(ids) > options.max_prompt:
+                message = f"the text has {len(ids)} tokens, this server takes {options.max_prompt}"
+                raise Refused(400, message, param=f"input[{n}]", code="context_length_exceeded")
+        return [[tokenizer.eos_id, *ids] for ids in found]
 
 
 class Named(Body):

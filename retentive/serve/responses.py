@@ -56,6 +56,10 @@ class Responses(ABC):
         """Returns the event before any text for n choices; empty for plain completions."""
         return b""
 
+    def failed(self, body: dict[str, Any]) -> bytes:
+        """Returns the last event of a stream that failed: the body of the error."""
+        return event(body)
+
     def closing(self, **more: Any) -> bytes:
         """Returns the last events: `usage` if requested, and OpenAI's end mark."""
         return (
@@ -137,3 +141,88 @@ class ChatResponses(Responses):
         # a token that is part of a character decodes to U+FFFD, and its bytes are unknown here
         whole = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": max(logprob, UNLIKELY), "bytes": whole}
+
+
+class ItemResponses(Responses):
+    """Responses of /v1/responses: one message of one text, and events with names."""
+
+    whole_name, prefix = "response", "resp"
+
+    def __init__(self, model: str, tokenizer: Tokenizer, *, logprobs: bool, usage: bool = False):
+        super().__init__(model, tokenizer, logprobs=logprobs, usage=usage)
+        self.item_id, self.text, self.finish, self.events = f"msg-{uuid.uuid4().hex}", "", "", 0
+
+    def whole(self, deltas: Sequence[Sequence[Delta]], **more: Any) -> bytes:
+        for delta in deltas[0]:
+            self._take(delta)
+        return to_json(self._response(self._status, [self._item(self._status)], **more))
+
+    def opening(self, n: int) -> bytes:
+        response = self._response("in_progress", [])
+        return (
+            self._event("response.created", response=response)
+            + self._event("response.in_progress", response=response)
+            + self._event("response.output_item.added", output_index=0, item=self._item("in_progress", []))
+            + self._part_event("content_part.added", part=self._part(""))
+        )
+
+    def chunks(self, deltas: Sequence[Delta]) -> bytes:
+        for delta in deltas:
+            self._take(delta)
+        texts = [delta.text for delta in deltas if delta.text]
+        return b"".join(self._part_event("output_text.delta", delta=text, logprobs=[]) for text in texts)
+
+    def closing(self, **more: Any) -> bytes:
+        response = self._response(self._status, [self._item(self._status)], **more)
+        return (
+            self._part_event("output_text.done", text=self.text, logprobs=[])
+            + self._part_event("content_part.done", part=self._part(self.text))
+            + self._event("response.output_item.done", output_index=0, item=self._item(self._status))
+            + self._event(f"response.{self._status}", response=response)
+        )
+
+    def failed(self, body: dict[str, Any]) -> bytes:
+        error = body["error"]
+        return self._event("error", **{name: error[name] for name in ("message", "param", "code")})
+
+    def _take(self, delta: Delta) -> None:
+        self.text, self.finish = self.text + delta.text, delta.finish or self.finish
+
+    @property
+    def _status(self) -> str:
+        return "incomplete" if self.finish == "length" else "completed"
+
+    def _event(self, name: str, **content: Any) -> bytes:
+        self.events += 1
+        said = to_json({"type": name, "sequence_number": self.events - 1, **content})
+        return b"event: " + name.encode() + b"\ndata: " + said + b"\n\n"
+
+    def _part_event(self, name: str, **content: Any) -> bytes:
+        return self._event(f"response.{name}", item_id=self.item_id, output_index=0, content_index=0, **content)
+
+    def _part(self, text: str) -> dict[str, Any]:
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+    def _item(self, status: str, content: list[Any] | None = None) -> dict[str, Any]:
+        content = [self._part(self.text)] if content is None else content
+        return {"id": self.item_id, "type": "message", "role": "assistant", "status": status, "content": content}
+
+    def _response(self, status: str, output: list[Any], usage: dict[str, Any] | None = None, **more: Any) -> Any:
+        counts = usage and {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": usage["prompt_tokens_details"],
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage["total_tokens"],
+        }
+        details = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        return {
+            "id": self.id, "object": self.whole_name, "created_at": self.created, "model": self.model,
+            "status": status, "error": None, "incomplete_details": details, "output": output, "usage": counts,
+            "parallel_tool_calls": False, "tool_choice": "none", "tools": [], "metadata": {}, **more,
+        }  # fmt: skip
+
+    def _choice(self, delta: Delta) -> dict[str, Any]:
+        raise NotImplementedError  # it has no choices
+
+    _chunk_choice = _choice

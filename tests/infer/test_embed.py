@@ -7,6 +7,7 @@ import retentive
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer import embed as module
 from retentive.models import hybrid, retnet, transformer
+from retentive.native import with_engine
 from tests.export.variants import TINY, peaked_model
 
 TEXTS = ["a cat", "a much longer text about dogs and mats", "x", "a cat"]
@@ -19,7 +20,7 @@ MODELS = {
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("chunk", [4, 4096])
+@pytest.mark.parametrize("chunk", [4, 64, 4096])
 def test_vectors_are_those_of_hidden_states(kind, pooling, chunk, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", chunk)
     model, own = peaked_model(MODELS[kind]), ByteTokenizer()
@@ -28,16 +29,15 @@ def test_vectors_are_those_of_hidden_states(kind, pooling, chunk, monkeypatch):
         with torch.no_grad():
             x, _ = model.hidden(torch.tensor([[own.eos_id, *own.encode(text)]]))
         wanted = x[0, 1:].mean(0) if pooling == "mean" else x[0, -1]
-        # two forms of retention over chunks and padding, in float32
+        # two forms of retention over chunks, in float32
         torch.testing.assert_close(vector, wanted / wanted.norm(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[0], found[3])
 
 
-@pytest.mark.parametrize("budget", [1, 64, 10**6])
-def test_batches_change_nothing(budget, monkeypatch):
-    model = peaked_model(MODELS["retnet"])
+def test_the_c_engine_gives_the_same():
+    model = peaked_model(MODELS["hybrid"])
     wanted = retentive.embed(model, TEXTS, tokenizer=ByteTokenizer())
-    monkeypatch.setattr(module, "BUDGET", budget)
+    model = with_engine(model)
     torch.testing.assert_close(retentive.embed(model, TEXTS, tokenizer=ByteTokenizer()), wanted, rtol=1e-4, atol=1e-5)
 
 
