@@ -9,6 +9,7 @@ decay "gated", log(gamma) of each token is log sigmoid(x Wd) / 16 (ops/decay.py 
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from retentive.layers.config import GATES, RetentionConfig
 from retentive.layers.norm import RMSNorm
-from retentive.layers.positions import Positions
+from retentive.layers.positions import Positions, positions_of
 from retentive.ops import Ring, retention, rotary
 from retentive.ops import decay as decays
 from retentive.ops.rows import rotate
@@ -31,17 +32,51 @@ class Phases(NamedTuple):
     log_decay: Tensor  # [H]; empty if each layer computes its own from x
 
 
-class MultiScaleRetention(nn.Module):
-    """`(x [B,T,D], state [N,H,K,V] or Ring)` -> `(out [B,T,D], state)`, with one decay per head.
+@dataclass
+class LayerState:
+    """State of a layer that is called by itself. A call may write later tokens into it: `clone` it to branch."""
 
+    memory: Tensor | Ring
+    """State `[B,H,K,V]`, or with its newest tokens."""
+    position: int
+    """Number of tokens that it has read."""
+    used: bool = False
+    """True after a call that wrote into it."""
+
+    def clone(self) -> "LayerState":
+        """Returns a copy that later calls leave alone."""
+        copied = self.memory.clone() if isinstance(self.memory, Tensor) else self.memory.map(torch.clone)
+        return LayerState(copied, self.position, self.used)
+
+
+class MultiScaleRetention(nn.Module):
+    """`(x [B,T,D], state)` -> `(out [B,T,D], state)`, with one decay per head.
+
+        layer = MultiScaleRetention(256, 4)             dim and heads; any field of RetentionConfig follows by name
+        out, state = layer(x)                           all tokens at once
+        out, state = layer(more, state)                 tokens after those, also one by one
+
+    Models call it with `positions` and `phases`, computed once for all layers, and with a state `[N,H,K,V]` or Ring.
     A call with one token and without gradients is a decode step: the state becomes a Ring, which later tokens update in
     place. Decays and phases are computed in each call instead of stored as buffers, so `.half()` cannot round them.
     """
 
     kind = RetentionConfig.kind
 
-    def __init__(self, config: RetentionConfig):
+    def __init__(self, config: RetentionConfig | int, heads: int | None = None, **fields: Any):
+        """
+        Args:
+            config: the whole config; or the model width, with other fields of RetentionConfig by name.
+
+        Raises:
+            TypeError: a field beside a whole config, or one that does not exist.
+            ValueError: an invalid value.
+        """
         super().__init__()
+        if alone := not isinstance(config, RetentionConfig):
+            config = RetentionConfig(config, **(fields if heads is None else fields | {"heads": heads}))
+        elif heads is not None or fields:
+            raise TypeError("a config has all fields: give either a config, or dim, heads and other fields")
         self.config = c = config
         self.H, self.kv_heads, self.K, self.V = c.heads, c.kv_heads, c.key_dim // c.heads, c.value_dim // c.heads
         self.q_proj = nn.Linear(c.dim, c.key_dim, bias=False)
@@ -57,6 +92,8 @@ class MultiScaleRetention(nn.Module):
         normed = c.value_dim if c.head_norm_joint else self.V
         self.head_norm = RMSNorm(normed, eps=c.norm_eps, affine=c.head_norm_affine) if c.head_norm else None
         self.out_proj = nn.Linear(c.value_dim, c.dim, bias=False)
+        if alone:
+            self.reset_parameters()
         self.context: Any = None  # has another operator: over several ranks (`train.parallel.context`), or in pages
 
     def phases(self, positions: Positions, dtype: torch.dtype) -> Phases:
@@ -75,8 +112,21 @@ class MultiScaleRetention(nn.Module):
         return Phases(cos, sin, q_scale, log_decay)
 
     def forward(
-        self, x: Tensor, state: Tensor | Ring | None, positions: Positions, phases: Phases
-    ) -> tuple[Tensor, Tensor | Ring]:
+        self, x: Tensor, state: Any = None, positions: Positions | None = None, phases: Phases | None = None
+    ) -> tuple[Tensor, Any]:
+        """Returns (out `[B,T,D]`, state after x).
+
+        Args:
+            state: that of the last call; None for the beginning.
+            positions: positions of the tokens, with padding or borders of packed sequences; by default those after the
+                state.
+            phases: `phases` of these positions.
+
+        Raises:
+            ValueError: without `positions`: x is not `[B,T,D]`, or the state is of another layer or batch.
+        """
+        if positions is None or phases is None:
+            return self._alone(x, state)
         q_BTHK = rotate(self.query(x), phases.cos, phases.sin, self.config.rotary, phases.q_scale)
         k_BTHK = rotate(self.key(x), phases.cos, phases.sin, self.config.rotary)
         v_BTHV = self.v_proj(x).unflatten(-1, (self.kv_heads, self.V))
@@ -95,6 +145,27 @@ class MultiScaleRetention(nn.Module):
         operator = retention if self.context is None else self.context.retention(positions)
         o, state = operator(q_BTHK, k_BTHK, v_BTHV, log_decay, scale=1.0, state=state, cu_seqlens=positions.cu_seqlens)
         return self.out(x, o), state
+
+    def _alone(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
+        """Calls the layer with the positions after those of the state."""
+        if x.ndim != 3 or x.shape[-1] != self.config.dim or not x.numel():
+            raise ValueError(f"x must be [B, T, {self.config.dim}] with tokens, got {list(x.shape)}")
+        B, T = x.shape[:2]
+        if state is not None:
+            if not isinstance(state, LayerState):
+                raise ValueError(f"the state must be one that the layer returned, got {type(state).__name__}")
+            if state.used:
+                raise ValueError("the state was used: pass the one that came back, or clone() it before you pass it")
+            memory = state.memory.state if isinstance(state.memory, Ring) else state.memory
+            got, want = list(memory.shape), [B, *self.config.head_shape]
+            if got != want:
+                raise ValueError(f"the state must be of [B, H, K, V] = {want}, got {got}: of another layer or batch?")
+        before = 0 if state is None else state.position
+        positions = positions_of(B, T, torch.full((B,), before, device=x.device), None, None, x.device)
+        out, after = self(x, None if state is None else state.memory, positions, self.phases(positions, x.dtype))
+        if state is not None:
+            state.used = isinstance(after, Ring)
+        return out, LayerState(after, before + T)
 
     def query(self, x: Tensor) -> Tensor:
         """Returns the queries `[…,H,K]` before rotation: projected, normalised and shifted as configured."""

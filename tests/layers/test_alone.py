@@ -1,0 +1,84 @@
+"""A retention layer by itself: `MultiScaleRetention(dim, heads)(x, state)`, in all forms the same."""
+
+import pytest
+import torch
+
+from retentive.layers import MultiScaleRetention, RetentionConfig
+
+VARIANTS = {
+    "default": {},
+    "paper": dict(decay="paper", score_norm=True, head_norm=True, qk_norm=False),
+    "sigmoid": dict(decay="sigmoid", decay_bias=True, rotary="none"),
+    "shared": dict(kv_heads=1, qk_bias=True),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("grad", [True, False])
+def test_in_pieces_and_step_by_step_it_gives_the_same(variant, grad):
+    torch.manual_seed(0)
+    layer = MultiScaleRetention(32, 4, **VARIANTS[variant])
+    x = torch.randn(2, 12, 32)
+    with torch.set_grad_enabled(grad):
+        whole, last = layer(x)
+        assert last.position == 12 and whole.shape == x.shape
+        for sizes in ((5, 7), (1,) * 12, (4, 1, 1, 6), (3, 1, 1, 1, 6)):
+            state, parts = None, []
+            for part in x.split(list(sizes), 1):
+                out, state = layer(part, state)
+                parts.append(out)
+            # two forms in float32
+            torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+            assert state.position == 12
+
+
+def test_gradients_pass_through_the_state():
+    layer, x = MultiScaleRetention(16, 2).double(), torch.randn(1, 6, 16, dtype=torch.float64, requires_grad=True)
+    whole = torch.autograd.grad(layer(x)[0][:, -1].sum(), x)[0]
+    _, state = layer(x[:, :3])
+    then, _ = layer(x[:, 3:], state)
+    torch.testing.assert_close(torch.autograd.grad(then[:, -1].sum(), x)[0], whole, rtol=1e-9, atol=1e-12)
+
+
+def test_a_config_and_its_fields_make_the_same_layer():
+    torch.manual_seed(0)
+    one = MultiScaleRetention(32, 4, decay="paper")
+    torch.manual_seed(0)
+    other = MultiScaleRetention(RetentionConfig(32, 4, decay="paper"))
+    other.reset_parameters()
+    assert one.config == other.config and MultiScaleRetention(32).config == RetentionConfig(32)
+    with pytest.raises(TypeError, match="give either a config, or dim, heads"):
+        MultiScaleRetention(RetentionConfig(32, 4), heads=2)
+    with pytest.raises(TypeError, match="hedas"):
+        MultiScaleRetention(32, hedas=2)
+
+
+@torch.no_grad()
+def test_a_state_that_was_used_is_refused_and_its_clone_is_not():
+    layer, x = MultiScaleRetention(16, 2), torch.randn(1, 4, 16)
+    _, state = layer(x)
+    _, ring = layer(x[:, :1], state)
+    with pytest.raises(ValueError, match="the state was used"):
+        layer(x[:, :1], state)
+    kept = ring.clone()
+    first, _ = layer(x[:, 1:2], ring)
+    again, _ = layer(x[:, 1:2], kept)
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize(
+    ("x", "state", "words"),
+    [
+        (torch.zeros(4, 16), None, r"x must be \[B, T, 16\] with tokens, got \[4, 16\]"),
+        (torch.zeros(1, 4, 8), None, r"x must be \[B, T, 16\] with tokens, got \[1, 4, 8\]"),
+        (torch.zeros(1, 0, 16), None, r"x must be \[B, T, 16\] with tokens"),
+        (torch.zeros(1, 1, 16), torch.zeros(1), "the state must be one that the layer returned, got Tensor"),
+        (torch.zeros(2, 1, 16), "other", r"of \[B, H, K, V\] = \[2, 2, 8, 16\], got \[1, 2, 8, 16\]"),
+    ],
+)
+def test_bad_input(x, state, words):
+    layer = MultiScaleRetention(16, 2)
+    if state == "other":
+        _, state = layer(torch.zeros(1, 3, 16))
+    with pytest.raises(ValueError, match=words):
+        layer(x, state)
