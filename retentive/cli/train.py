@@ -10,12 +10,14 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import tyro
 
+from retentive.cli.data import shown
 from retentive.cli.errors import flags, one_line
 from retentive.cli.parsing import parse, typed_options
 from retentive.models import FIELDS as MODEL_FIELDS
@@ -37,7 +39,8 @@ Recipe = TypeVar("Recipe")
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """Train a RetNet (or its Transformer twin) on data that `retentive data` has packed."""
+    """Train a RetNet (or its Transformer twin) on text, or on data that `retentive data` has packed: `retentive train
+    my.txt` trains the run runs/my."""
 
     run: Annotated[TrainRun, tyro.conf.arg(name="")]
     nproc: int = 1
@@ -47,6 +50,7 @@ class TrainCommand:
 def main(argv: list[str]) -> None:
     """`retentive train ARGV`."""
     recipe, argv = read_recipe(argv, TrainRun)
+    argv = with_options(argv)
     command = parse(
         TrainCommand,
         "retentive train",
@@ -66,12 +70,24 @@ def main(argv: list[str]) -> None:
     if command.nproc < 1:
         raise ValueError(f"--nproc must be at least 1, got {command.nproc}")
     if command.nproc == 1:
-        carry_out(run, chosen)
+        carry_out(run, chosen, shown=partial(shown, sys.stderr))
         return
     from retentive.train.parallel.launch import launch
 
     with stoppable(run.out):
         launch(partial(_rank, run, chosen), command.nproc)
+
+
+def with_options(argv: list[str]) -> list[str]:
+    """Return the arguments with --data before leading words, and then --out runs/NAME if there is none."""
+    words = list(takewhile(lambda word: not word.startswith("-"), argv))
+    if not words:
+        return argv
+    rest = argv[len(words) :]
+    if "data" in typed_options(rest):
+        raise ValueError(f"--data: {words[0]} is named already; leave out one")
+    out = [] if "out" in typed_options(rest) else ["--out", f"runs/{Path(words[0]).stem or 'mine'}"]
+    return ["--data", *words, *out, *rest]
 
 
 def _rank(run: TrainRun, chosen: Collection[str]) -> None:

@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,10 +46,11 @@ from retentive.train.log import say
 from retentive.train.loop import train
 from retentive.train.objective import Objective, language_modelling
 from retentive.train.parallel import ALONE, Cluster, Parallel, checksum
-from retentive.train.parallel.rendezvous import joined
+from retentive.train.parallel.rendezvous import joined, several
 from retentive.train.prepare import prepare
 from retentive.train.resume import FREE, changes_of, check_unchanged, plain
 from retentive.train.step import take_step
+from retentive.train.texts import Shown, is_text, packed
 
 Data = Packed | Mixture
 
@@ -58,7 +60,8 @@ class TrainRun:
     """Train a RetNet (or its Transformer twin) on data that `retentive data` has packed."""
 
     data: Path | tuple[Path, ...]
-    """Folder of packed tokens, or several folders whose rows are mixed."""
+    """Folder of packed tokens, or several folders whose rows are mixed. Or a file or folder of text, which is packed
+    into a folder beside the run (OUT-data-…)."""
     out: Path
     """Run directory to create."""
     data_weights: tuple[float, ...] = ()
@@ -159,7 +162,7 @@ class TrainRun:
         if not 0 <= self.epochs < math.inf:
             raise ValueError(f"`epochs` must be at least 0 and finite, got {self.epochs}")
 
-    def run(self, *, overrides: Collection[str] | None = None, quiet: bool = False) -> Path:
+    def run(self, *, overrides: Collection[str] | None = None, quiet: bool = False, shown: Shown = nullcontext) -> Path:
         """Train the model and return the run directory.
 
         Args:
@@ -167,6 +170,8 @@ class TrainRun:
                 disk, except for `steps` and FREE; all other fields are taken from that run. If not given, all fields
                 count as chosen, and `steps` must equal the run's as well.
             quiet: print nothing on stderr.
+            shown: makes a context that shows the progress of packing texts, such as a bar; it gives the progress
+                callback.
 
         Raises:
             ValueError: data, model and options do not fit each other, or the run does not fit into memory.
@@ -175,8 +180,9 @@ class TrainRun:
         with joined(self.parallel, self.train.device) as cluster:
             with cluster.barrier():
                 self.check()
-                data = self.opened()
-                run = self.settled(data, overrides)
+                run = self.on_packed(shown, quiet=quiet)
+                data = run.opened()
+                run = run.settled(data, overrides, quiet=quiet)
                 batches, directory = run.batches(data, cluster), run.directory(data)
                 config, model = run.build(data, cluster)
                 objective = run.objective(data, cluster)
@@ -191,6 +197,24 @@ class TrainRun:
                 cluster.check_same(checksum(model), other)
             hooks = replace(run.hooks(data, config), title=title, quiet=quiet)
             return train(model, batches, objective, run.train, directory, hooks, cluster)
+
+    def on_packed(self, shown: Shown = nullcontext, *, quiet: bool = False) -> "TrainRun":
+        """The run on packed folders: each file or folder of text is packed beside the run, once.
+
+        Raises:
+            ValueError, OSError: as `texts.packed`; or there are several processes.
+        """
+        sources = self.data if isinstance(self.data, tuple) else (self.data,)
+        if not any(map(is_text, sources)):
+            return self
+        if several():
+            raise ValueError("texts are packed by one process: pack them first (retentive data), then train on that")
+        tokenizer = str(self.base.path) if self.init else "train"
+        found = [
+            packed(path, self.out, tokenizer=tokenizer, shown=shown, quiet=quiet) if is_text(path) else path
+            for path in sources
+        ]
+        return replace(self, data=tuple(found))
 
     def check(self) -> None:
         """Check everything that needs no data; raises ValueError or OSError. Changes nothing."""
@@ -232,8 +256,9 @@ class TrainRun:
         own = {f.name: getattr(self, f.name) for f in fields(TrainRun) if f.name not in APART}
         return own | {f.name: getattr(self.train, f.name) for f in fields(self.train)}
 
-    def settled(self, data: Data, overrides: Collection[str] | None = None) -> "TrainRun":
-        """The run with every option settled: steps for epochs, a mode for auto, and a resumed run's own options.
+    def settled(self, data: Data, overrides: Collection[str] | None = None, *, quiet: bool = True) -> "TrainRun":
+        """The run with every option settled: steps for epochs, a mode for auto, rows that little text can fill unless
+        the user chose their size, and a resumed run's own options.
 
         A run without a checkpoint may change every option. The data folder may have been moved, but its
         content must be the same.
@@ -245,7 +270,10 @@ class TrainRun:
         chosen = set(self.options) if overrides is None else typed & set(self.options)
         saved = read_options(self.out) if self.resume else {}
         by_steps = overrides is not None and "epochs" not in typed and bool("steps" in typed or saved)
-        run = self.concrete(data, by_steps=by_steps)
+        fixed = {"batch", "length"} if overrides is None or saved else typed
+        run = self.concrete(data, by_steps=by_steps, fixed=fixed)
+        if (run.batch, run.length) != (self.batch, self.length):
+            say(f"little text: {run.batch} x {run.length} a batch, not {self.batch} x {self.length}", quiet=quiet)
         free = FREE if overrides is None and not self.epochs else FREE | {"steps"}
         if self.epochs and "epochs" in typed:
             chosen.add("steps")
@@ -255,16 +283,35 @@ class TrainRun:
             raise ValueError(both_architectures(run.init))
         return run
 
-    def concrete(self, data: Data, *, by_steps: bool = False) -> "TrainRun":
-        """The run with steps for epochs, and a mode for auto; `by_steps` keeps the steps and ignores the epochs."""
+    def concrete(
+        self, data: Data, *, by_steps: bool = False, fixed: Collection[str] = ("batch", "length")
+    ) -> "TrainRun":
+        """The run with steps for epochs, a mode for auto, and rows that the text can fill.
+
+        Args:
+            by_steps: keep the steps and ignore the epochs.
+            fixed: names of fields that little text does not change.
+        """
         run = self
         if self.mode == "auto":
             config = ModelFolder.open(self.out).config if self.resumes else self.config(data.meta.vocab_size)
             run = replace(self, mode="whole" if data.media or config.library or config.attends else "carry")
+        run = run._filled(min(part.meta.splits["train"].tokens for part in parts_of(data)), fixed)
         if self.epochs and not by_steps:
             steps = math.ceil(self.epochs * run.batches(data).steps_per_epoch / self.train.accumulate)
             run = replace(run, train=replace(self.train, steps=max(1, steps)))
         return replace(run, epochs=0.0)
+
+    def _filled(self, tokens: int, fixed: Collection[str]) -> "TrainRun":
+        """The run with fewer and shorter rows, if the text has too few tokens for one batch (`loader.Batches`)."""
+        rows, length = self.batch if self.mode == "carry" else 1, self.length
+        if self.mode == "whole" or tokens > rows * length or tokens < 2:
+            return self
+        if rows > 1 and "batch" not in fixed:
+            rows = max(1, (tokens - 1) // length)
+        if "length" not in fixed:
+            length = min(length, max(1, (tokens - 1) // rows))
+        return replace(self, batch=rows if self.mode == "carry" else self.batch, length=length)
 
     def _as_resumed(self, saved: Mapping[str, Any], fingerprint: str, chosen: Collection[str], free: Any) -> "TrainRun":
         """The run at `out`, whose train.json is `saved`; of the `chosen` options, only `free` ones may change."""
@@ -435,6 +482,11 @@ PARTS = ("train", "parallel")
 """Fields of TrainRun that are dataclasses themselves; their fields are options of the run."""
 APART = ("data", "out", "epochs", "resume", "overwrite", *PARTS)
 """Fields that do not determine the training."""
+
+
+def parts_of(data: Data) -> list[Packed]:
+    """The packed folders of the data."""
+    return list(data.parts.values()) if isinstance(data, Mixture) else [data]
 
 
 def nested(parts: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,15 +20,14 @@ from retentive.checkpoint import ModelFolder
 from retentive.data.chats import chat_files, chats
 from retentive.data.loader import Mode
 from retentive.data.media import Media
-from retentive.data.prepare import Progress, prepare
+from retentive.data.prepare import prepare
 from retentive.data.tokenizer import load_tokenizer
 from retentive.files import file_sha256
 from retentive.train.checkpoints import folders
 from retentive.train.config import TrainConfig
 from retentive.train.parallel.rendezvous import several
 from retentive.train.run import TrainRun
-
-Shown = Callable[[], AbstractContextManager[Progress | None]]
+from retentive.train.texts import Shown
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from retentive.train import Interrupted, TrainRun
 def ran(monkeypatch):
     """The runs that the command line would have trained, with their overrides."""
     calls = []
-    monkeypatch.setattr(TrainRun, "run", lambda run, overrides=None: calls.append((run, set(overrides))))
+    monkeypatch.setattr(TrainRun, "run", lambda run, overrides=None, **how: calls.append((run, set(overrides))))
     return calls
 
 
@@ -78,7 +78,7 @@ def test_an_error_in_a_recipe_is_told_with_its_line(case, ran, tmp_path, monkeyp
 def test_after_ctrl_c_a_script_does_not_go_on(number, code, monkeypatch, capsys):
     """`retentive train … && next`: 130, as shells have it; SIGTERM asked for an end, and gets a good one."""
 
-    def stopped(run, overrides=None):
+    def stopped(run, overrides=None, **how):
         raise Interrupted("stopped at step 3 of 4, saved; go on with `resume=True`", number)
 
     monkeypatch.setattr(TrainRun, "run", stopped)

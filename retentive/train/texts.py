@@ -1,0 +1,44 @@
+"""Texts as training data: packed into a folder beside the run, once.
+
+packed(Path("my.txt"), Path("runs/mine"), tokenizer="train")         runs/mine-data-5d41402a
+"""
+
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from retentive.data.prepare import Progress, prepare
+from retentive.data.sources import source_files
+from retentive.data.tokenizer import load_tokenizer
+from retentive.files import file_sha256
+from retentive.train.log import say
+
+Shown = Callable[[], AbstractContextManager[Progress | None]]
+
+
+def is_text(path: Path) -> bool:
+    """True for a file or folder that `retentive data` has not packed; False for one that does not exist."""
+    packed_once = (path / "meta.json").is_file() or any(path.glob("train-*.bin"))  # or what is left of it
+    return path.exists() and not packed_once
+
+
+def packed(source: Path, out: Path, *, tokenizer: str, shown: Shown, quiet: bool = False) -> Path:
+    """Returns the folder OUT-data-HASH with the packed text of a file or folder; packs it if it is not there.
+
+    Args:
+        tokenizer: as `DataConfig.tokenizer`.
+        shown: makes a context that shows the progress of packing; it gives the progress callback.
+
+    Raises:
+        ValueError, OSError: as `prepare`.
+    """
+    files = [(name, file_sha256(path)) for name, path in source_files(source).items()]
+    words = tokenizer if tokenizer == "train" else load_tokenizer(tokenizer).sha256
+    digest = hashlib.sha256(repr((words, files)).encode()).hexdigest()[:8]
+    folder = out.with_name(f"{out.name}-data-{digest}")
+    if not (folder / "meta.json").is_file():
+        say(f"packing {source} into {folder}", quiet=quiet)
+        with shown() as progress:
+            prepare(source, folder, tokenizer=tokenizer, progress=progress, say=lambda line: say(line, quiet=quiet))
+    return folder
