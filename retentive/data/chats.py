@@ -3,6 +3,7 @@
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …]}
     {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}, …]}     ShareGPT's
     {"prompt": "…", "completion": "…"}                           a question and its answer; either may be messages too
+    {"instruction": "…", "input": "…", "output": "…"}            Alpaca's; the input, which may lack, ends the question
 
 Each is one line of .jsonl, an entry of a list in .json, or a row of .parquet. Other fields are ignored. A content may
 be a list of parts: {"type": "text", "text": …}, {"type": "image", "image": FILE}, {"type": "audio", …}. A conversation
@@ -34,7 +35,7 @@ ROLES = {
     "model": "assistant",
 }
 """Names of the speakers in schemas, and the roles of templates."""
-SCHEMAS = "messages, conversations, or prompt and completion"
+SCHEMAS = "messages, conversations, prompt and completion, or instruction and output"
 BESIDE = {"image": "image", "images": "image", "audio": "audio", "audios": "audio"}
 """Fields in which other projects name media files, outside the conversation. Ignoring them would train blind."""
 
@@ -135,6 +136,8 @@ def messages_of(value: Any, media: Callable[[str, str], Media] | None = None) ->
         said = _listed("conversations", value["conversations"], "from", "value")
     elif value.get("prompt") is not None and value.get("completion") is not None:
         said = [*_side(value, "prompt", "user"), *_side(value, "completion", "assistant")]
+    elif value.get("instruction") is not None and value.get("output") is not None:
+        said = [("user", _alpaca(value)), ("assistant", value["output"])]
     else:
         got = ", ".join(f"{name} (null)" if x is None else str(name) for name, x in value.items())
         raise ValueError(f"expected {SCHEMAS}, got {got or 'no field'}")
@@ -145,6 +148,16 @@ def messages_of(value: Any, media: Callable[[str, str], Media] | None = None) ->
         raise ValueError(f"{beside[0]!r} stands beside what is said: put {part} into the content of the message")
     _check_turns([m["role"] for m in messages])
     return messages if messages[-1]["role"] == "assistant" else messages[:-1]
+
+
+def _alpaca(value: dict[str, Any]) -> Any:
+    """Returns the question of an object in Alpaca's schema: the instruction, and the input below it if there is one."""
+    asked, given = value["instruction"], value.get("input")
+    if given in (None, "") or not isinstance(asked, str):  # what is no text is refused with the message
+        return asked
+    if not isinstance(given, str):
+        raise ValueError(f"input must be text, got {_kind(given)}")
+    return f"{asked}\n\n{given}" if given.strip() else asked
 
 
 def _listed(name: str, value: Any, role: str, content: str) -> list[tuple[Any, Any]]:

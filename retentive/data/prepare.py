@@ -50,8 +50,8 @@ class DataConfig:
     """Further kinds of files to read in folders: .json .csv .tsv by their field, others (.tex .log) as plain text,
     "none" for names without a suffix."""
     chats: bool = False
-    """Read the sources as conversations (.jsonl .json .parquet: messages, ShareGPT's, or prompt and completion) and
-    train on the answers. Rendered by the chat template beside the tokenizer, or by a plain one."""
+    """Read the sources as conversations (.jsonl .json .parquet: messages, ShareGPT's, Alpaca's, or prompt and
+    completion) and train on the answers. Rendered by the chat template beside the tokenizer, or by a plain one."""
     template: Path | None = None
     """Chat template for the conversations, a jinja file."""
     seed: int = 0

@@ -38,8 +38,9 @@ class SftRun(TrainRun):
     """
 
     data: Path | tuple[Path, ...]
-    """Files or folders of conversations (.jsonl .json .parquet: messages, ShareGPT's, or prompt and completion). They
-    are packed into a folder beside the run (OUT-data-…). Or a folder packed by `retentive data --chats`."""
+    """Files or folders of conversations (.jsonl .json .parquet: messages, ShareGPT's, Alpaca's, or prompt and
+    completion). They are packed into a folder beside the run (OUT-data-…). Or a folder packed by `retentive data
+    --chats`."""
     init: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = tyro.MISSING
     """Initial model, not quantised: run directory, model folder, or hf:owner/name on the hub."""
     mode: Mode | Literal["auto"] = "auto"

@@ -409,7 +409,10 @@ SFT = {
         "message 1 is by the assistant, expected the user",
     ),
     "empty": ({"prompt": "a", "completion": ""}, "message 2, by assistant, is empty"),
-    "text": ({"text": "a"}, "expected messages, conversations, or prompt and completion, got text"),
+    "text": (
+        {"text": "a"},
+        "prompt and completion, or instruction and output, got text",
+    ),
     "cut": ('{"messages": [', "chats.jsonl:1 is not JSON"),
 }
 

@@ -47,6 +47,16 @@ def test_schemas(schema):
     assert messages_of(SCHEMAS[schema]) == SAID
 
 
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [({}, "Say"), ({"input": ""}, "Say"), ({"input": None}, "Say"), ({"input": "it\ntwice"}, "Say\n\nit\ntwice")],
+    ids=str,
+)
+def test_alpacas_input_ends_the_question(given, asked):
+    found = messages_of({"instruction": "Say", **given, "output": "it"})
+    assert found == [turn("user", asked), turn("assistant", "it")]
+
+
 def test_a_system_message_comes_first():
     said = [turn("system", "Be kind."), *SAID]
     assert messages_of({"messages": said}) == said
@@ -54,7 +64,10 @@ def test_a_system_message_comes_first():
 
 BAD = {
     "a list": ([SAID], "expected an object, got a list"),
-    "text": ({"text": "Hi", "id": 1}, "expected messages, conversations, or prompt and completion, got text, id"),
+    "text": (
+        {"text": "Hi", "id": 1},
+        "prompt and completion, or instruction and output, got text, id",
+    ),
     "nothing": ({}, "got no field"),
     "no list": ({"messages": "Hi"}, "messages must be a list of objects"),
     "no role": ({"messages": [{"content": "Hi"}]}, "messages, entry 1: has no 'role'"),
@@ -93,7 +106,10 @@ BAD = {
     ),
     "null content": ({"messages": [turn("user", None), *SAID[1:]]}, "must be text or a list of parts, got null"),
     "a truth": ([True][0], "expected an object, got true"),
-    "null": ({"prompt": "Hi", "completion": None}, "or prompt and completion, got prompt, completion (null)"),
+    "null": ({"prompt": "Hi", "completion": None}, "or instruction and output, got prompt, completion (null)"),
+    "no output": ({"instruction": "a", "output": None}, "or instruction and output, got instruction, output (null)"),
+    "a list of inputs": ({"instruction": "a", "input": ["b"], "output": "c"}, "input must be text, got a list"),
+    "an instruction of numbers": ({"instruction": 3, "output": "c"}, "message 1: its content must be text"),
     "half a pair": ({"prompt": "a \ud83d", "completion": "b"}, "message 1, by user, holds half of a surrogate pair"),
     "no answer": ({"messages": SAID[:1]}, "nobody answers in it"),
     "no messages": ({"messages": []}, "nobody answers in it"),

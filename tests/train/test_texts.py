@@ -34,7 +34,9 @@ def test_text_is_packed_beside_the_run_and_only_once(source, place, capsys):
     made = retentive.train(source, "runs/one", steps=2, **FEW)
     (folder,) = (place / "runs").glob("one-data-*")
     assert f"packing {source} into runs/{folder.name}" in capsys.readouterr().err
-    assert record(made)["command"]["data"] == f"runs/{folder.name}" and ModelFolder.open(made).tokenizer.vocab_size > 256
+    assert (
+        record(made)["command"]["data"] == f"runs/{folder.name}" and ModelFolder.open(made).tokenizer.vocab_size > 256
+    )
     before = (folder / "meta.json").stat().st_mtime_ns
     retentive.train(source, "runs/one", steps=3, resume=True, **FEW)
     assert "packing" not in capsys.readouterr().err and (folder / "meta.json").stat().st_mtime_ns == before
