@@ -29,14 +29,28 @@ if TYPE_CHECKING:
     from retentive.evals.classify import Classified
     from retentive.infer.chat import Chat
     from retentive.infer.memory import Memory
+    from retentive.train.hooks import Callback
+    from retentive.train.objective import Objective
 
     Model = LanguageModel | ModelFolder | str | Path
 
 
-def train(data: str | Path, out: str | Path, **options: Any) -> Path:
-    """Trains a model on the packed folder `data` and returns the run directory `out`.
+def train(
+    data: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    objective: Objective | None = None,
+    callbacks: Sequence[Callback] = (),
+    **options: Any,
+) -> Path:
+    """Trains a model on text, or on packed folders, and returns the run directory `out`.
 
     Args:
+        data: folder that `retentive data` wrote, or a file or folder of text; or several, which are mixed.
+        objective: your own loss: `objective(model, batch, state)` returns the sum of losses, their number and a state
+            (`retentive.train.objective`). By default language modelling.
+        callbacks: functions of the training and the step's metrics, called after every step: `callback(training,
+            metrics)` with `training.step`, `training.model` and `metrics["loss"]`. If one raises, the step is saved.
         options: fields of `retentive.train.TrainRun` and `retentive.train.TrainConfig`, by their names:
             `size="5m", steps=1000, lr=3e-3, batch=8, length=512, set={"dropout": 0.1}, resume=True`, …
 
@@ -48,7 +62,7 @@ def train(data: str | Path, out: str | Path, **options: Any) -> Path:
     """
     from retentive.train import TrainRun
 
-    return TrainRun.of(data, out, **options).run(overrides=options)
+    return TrainRun.of(data, out, **options).run(overrides=options, objective=objective, callbacks=callbacks)
 
 
 def sft(
@@ -57,12 +71,15 @@ def sft(
     out: str | Path,
     *,
     tokenizer: Tokenizer | None = None,
+    objective: Objective | None = None,
+    callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> Path:
     """Fine-tunes a model on the conversations in `data`, files or folders, and returns the run directory `out`.
 
     Args:
         tokenizer: tokenizer beside a model in memory, which is kept in the folder OUT.init.
+        objective, callbacks: as in `train`.
         options: fields of `retentive.train.SftRun` and `retentive.train.TrainConfig`, by their names:
             `epochs=2, lora=8, lr=1e-4`, …
 
@@ -71,7 +88,8 @@ def sft(
     """
     from retentive.train import SftRun
 
-    return SftRun.of(data, out, init=_place(model, tokenizer, out), **options).run(overrides=options)
+    run = SftRun.of(data, out, init=_place(model, tokenizer, out), **options)
+    return run.run(overrides=options, objective=objective, callbacks=callbacks)
 
 
 def linearize(

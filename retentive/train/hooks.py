@@ -1,8 +1,9 @@
 """Hooks of a run between its steps: evaluation on held-out text, and samples of the model's text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from retentive.data.mixture import Mixture
 from retentive.data.packed import Packed
@@ -14,6 +15,8 @@ from retentive.train.parallel import reading
 from retentive.train.samples import sample_answer, sample_text
 from retentive.train.step import Training
 
+Callback = Callable[[Training, dict[str, Any]], object]
+
 
 @dataclass(frozen=True)
 class Hooks:
@@ -23,6 +26,8 @@ class Hooks:
     """(model, maximum tokens) -> held-out loss, called every `eval_every` steps and at the end."""
     sample: Callable[[LanguageModel], str] | None = None
     """model -> text, called every `sample_every` steps."""
+    callbacks: Sequence[Callback] = ()
+    """Called with the training and the step's metrics (loss, lr, grad_norm) after every step, on rank 0."""
     title: str = ""
     """First line of the log."""
     quiet: bool = False

@@ -9,6 +9,7 @@ same bits as an uninterrupted one.
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from retentive.models import LanguageModel
 from retentive.train import checkpoints
@@ -90,29 +91,50 @@ def run_steps(training: Training, run: Path, hooks: Hooks, title: str) -> None:
         log.say(title)
         while training.step < training.config.steps:
             log.begin_step()
+            metrics: dict[str, Any] = {}
             try:
                 metrics = take_step(training)
                 log.step(training.step, metrics)
             except FloatingPointError as error:
                 leave_out(error, training, run, log)
-            finish_step(training, hooks, log, writer, stop)
+            finish_step(training, hooks, log, writer, stop, metrics)
 
 
-def finish_step(training: Training, hooks: Hooks, log: Silence, writer: checkpoints.Writer, stop: Stop) -> None:
-    """Finish a step: update averages, and, when due, evaluate, save a checkpoint, or stop after a signal."""
+def finish_step(
+    training: Training, hooks: Hooks, log: Silence, writer: checkpoints.Writer, stop: Stop, metrics: dict[str, Any]
+) -> None:
+    """Finish a step: update averages, and, when due, evaluate, save a checkpoint, or stop after a signal.
+
+    A callback's error is raised after a checkpoint.
+    """
     config, step, cluster = training.config, training.step, training.cluster
     if training.ema:
         training.ema.update(step)
     report(training, hooks, log)
+    failure = called(training, hooks, metrics) if cluster.main else None
+    failed = cluster.max(int(failure is not None)) if hooks.callbacks else 0
     last, stopped = step == config.steps, cluster.max(stop.signal)  # the signal may have reached one rank only
     # After the report: the log of a checkpoint's step is complete, and no resumed run writes it again.
-    if last or stopped or step % config.save_every == 0:
+    if last or stopped or failed or step % config.save_every == 0:
         with cluster.barrier():
             log.check()
         writer.save(checkpoints.contents(training))
+    if failed:
+        log.say(f"a callback failed at step {step}, which is saved; go on with `resume=True`")
+        raise cluster.once(failure or RuntimeError("a callback failed"))
     if stopped and not last:
         message = f"stopped at step {step} of {config.steps}, saved; go on with `resume=True`"
         raise Interrupted(message if cluster.main else "", stopped)
+
+
+def called(training: Training, hooks: Hooks, metrics: dict[str, Any]) -> Exception | None:
+    """Call the callbacks; returns the error of the first that fails."""
+    for callback in hooks.callbacks:
+        try:
+            callback(training, metrics)
+        except Exception as error:
+            return error
+    return None
 
 
 def leave_out(error: FloatingPointError, training: Training, run: Path, log: Silence) -> None:

@@ -32,7 +32,7 @@ from retentive.train.checkpoints import folders
 from retentive.train.config import TrainConfig
 from retentive.train.directory import Existing, RunDirectory, read_options
 from retentive.train.distillation import Learns, check_whole, distillation
-from retentive.train.hooks import Hooks, hooks_on
+from retentive.train.hooks import Callback, Hooks, hooks_on
 from retentive.train.initial import (
     adapter_for,
     check_fits,
@@ -162,7 +162,15 @@ class TrainRun:
         if not 0 <= self.epochs < math.inf:
             raise ValueError(f"`epochs` must be at least 0 and finite, got {self.epochs}")
 
-    def run(self, *, overrides: Collection[str] | None = None, quiet: bool = False, shown: Shown = nullcontext) -> Path:
+    def run(
+        self,
+        *,
+        overrides: Collection[str] | None = None,
+        quiet: bool = False,
+        shown: Shown = nullcontext,
+        objective: Objective | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> Path:
         """Train the model and return the run directory.
 
         Args:
@@ -172,6 +180,9 @@ class TrainRun:
             quiet: print nothing on stderr.
             shown: makes a context that shows the progress of packing texts, such as a bar; it gives the progress
                 callback.
+            objective: your own loss, in place of language modelling (`objective.Objective`).
+            callbacks: called with the training and the step's metrics after every step; an error in one is raised
+                after a checkpoint.
 
         Raises:
             ValueError: data, model and options do not fit each other, or the run does not fit into memory.
@@ -185,7 +196,9 @@ class TrainRun:
                 run = run.settled(data, overrides, quiet=quiet)
                 batches, directory = run.batches(data, cluster), run.directory(data)
                 config, model = run.build(data, cluster)
-                objective = run.objective(data, cluster)
+                if objective and self.teacher:
+                    raise ValueError("`teacher` is an objective: leave out either it or your own")
+                objective = objective or run.objective(data, cluster)
                 title = run.title(data, model, cluster)
             if self.resume and cluster.main and not folders(self.out):
                 there = "has no checkpoint yet" if read_options(self.out) else "is not there"
@@ -195,7 +208,7 @@ class TrainRun:
             if cluster.sharded:  # replicas get the weights of rank 0
                 other = "rank {} begins with other weights than rank 0 (`init`, or another version of torch)"
                 cluster.check_same(checksum(model), other)
-            hooks = replace(run.hooks(data, config), title=title, quiet=quiet)
+            hooks = replace(run.hooks(data, config), callbacks=callbacks, title=title, quiet=quiet)
             return train(model, batches, objective, run.train, directory, hooks, cluster)
 
     def on_packed(self, shown: Shown = nullcontext, *, quiet: bool = False) -> "TrainRun":

@@ -7,7 +7,7 @@ import hashlib
 import shutil
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,6 +25,8 @@ from retentive.data.tokenizer import load_tokenizer
 from retentive.files import file_sha256
 from retentive.train.checkpoints import folders
 from retentive.train.config import TrainConfig
+from retentive.train.hooks import Callback
+from retentive.train.objective import Objective
 from retentive.train.parallel.rendezvous import several
 from retentive.train.run import TrainRun
 from retentive.train.texts import Shown
@@ -72,6 +74,8 @@ class SftRun(TrainRun):
         quiet: bool = False,
         shown: Shown = nullcontext,
         say: Callable[[str], None] = warnings.warn,
+        objective: Objective | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> Path:
         """Pack the conversations, train the model and return the run directory.
 
@@ -81,6 +85,7 @@ class SftRun(TrainRun):
             quiet: as in `TrainRun.run`.
             shown: makes a context that shows the progress of packing, such as a bar; it gives the progress callback.
             say: as in `prepare`.
+            objective, callbacks: as in `TrainRun.run`.
 
         Raises:
             ValueError, OSError: as `prepare` and `TrainRun.run`; conversations packed for a run that did not train
@@ -99,7 +104,8 @@ class SftRun(TrainRun):
             if not run.opened().meta.chats:
                 raise ValueError(f"{folder} holds texts, in which nothing is an answer: retentive train reads it")
             # `init` always counts as chosen by the user
-            return run.run(overrides=None if overrides is None else {*overrides, "init"}, quiet=quiet)
+            typed = None if overrides is None else {*overrides, "init"}
+            return run.run(overrides=typed, quiet=quiet, objective=objective, callbacks=callbacks)
         except Exception:
             if made and folders(self.out) == before:  # no run has trained on it
                 shutil.rmtree(folder)
