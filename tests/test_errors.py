@@ -32,8 +32,9 @@ EXCEPTIONS = {
     "export/native.py": "a README that names the flags of CMake",
 }
 """Files whose strings may name flags, and why."""
-OTHERS = {"image", "audio", "json"}
-"""Options beside the fields of commands: interpolated kinds of media, and --json, which each verb has for itself."""
+OTHERS = {"image", "audio", "json", "texts", "labels", "pooling", "n"}
+"""Options beside the fields of commands: interpolated kinds of media, --json, which each verb has for itself, and those
+of calls that no verb makes."""
 
 
 def spelt(node: ast.AST) -> str:

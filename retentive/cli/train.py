@@ -39,8 +39,8 @@ Recipe = TypeVar("Recipe")
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """Train a RetNet (or its Transformer twin) on text, or on data that `retentive data` has packed: `retentive train
-    my.txt` trains the run runs/my."""
+    """Train a RetNet (or its Transformer twin) on text, or on data that `retentive data` has packed.
+    `retentive train my.txt` trains the run runs/my."""
 
     run: Annotated[TrainRun, tyro.conf.arg(name="")]
     nproc: int = 1

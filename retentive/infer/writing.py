@@ -141,6 +141,8 @@ def _several(
     more: dict[str, Any],
 ) -> Any:
     """Returns what `generate` does for other prompts than one text, and for more than its text."""
+    if not isinstance(prompt, Sequence):
+        check_type("prompt", prompt, str)
     check_type("n", n, Integral)
     check_type("max_tokens", max_tokens, Integral)
     for name in ("beams", "lookup", "draft"):

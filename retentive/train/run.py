@@ -57,7 +57,7 @@ Data = Packed | Mixture
 
 @dataclass(frozen=True)
 class TrainRun:
-    """Train a RetNet (or its Transformer twin) on data that `retentive data` has packed."""
+    """Train a RetNet (or its Transformer twin) on text, or on data that `retentive data` has packed."""
 
     data: Path | tuple[Path, ...]
     """Folder of packed tokens, or several folders whose rows are mixed. Or a file or folder of text, which is packed

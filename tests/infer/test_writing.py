@@ -103,7 +103,6 @@ def test_options_that_cannot_be_used(case, model, tokenizer, refuses):
 
 WRONG = {
     "prompt-number": ({"prompt": 5}, "prompt must be a string, got 5"),
-    "prompt-list": ({"prompt": ["a"]}, "prompt must be a string, got ['a']"),
     "model": ({"model": 1}, "model must be a model or its folder, got int"),
     "tokenizer": ({"tokenizer": "bytes"}, "tokenizer must be a tokenizer, as load_tokenizer('bytes') returns it"),
     "temperature": ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),

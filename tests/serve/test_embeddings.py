@@ -57,12 +57,13 @@ def test_bad_input(body, words, param, server):
 
 
 def test_a_text_that_is_too_long(server):
+    before = server.service.options.max_prompt
     object.__setattr__(server.service.options, "max_prompt", 3)
     try:
         with pytest.raises(openai.BadRequestError, match="the text has 5 tokens, this server takes 3"):
             server.client().embeddings.create(model=server.service.name, input="a cat")
     finally:
-        object.__setattr__(server.service.options, "max_prompt", 131072)
+        object.__setattr__(server.service.options, "max_prompt", before)
 
 
 def test_a_model_that_fails(server, monkeypatch):

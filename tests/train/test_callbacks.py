@@ -56,7 +56,7 @@ def test_a_callback_that_raises_saves_the_step_first(place, capsys):
     assert (place / "run" / "checkpoints" / "step-00000003").is_dir()
     resumed = retentive.train("my.txt", "run", steps=6, resume=True, **FEW)
     whole = retentive.train("my.txt", "whole", steps=6, **FEW)
-    for a, b in zip(ModelFolder.open(resumed).model().parameters(), ModelFolder.open(whole).model().parameters()):
+    for a, b in zip(*(ModelFolder.open(x).model().parameters() for x in (resumed, whole)), strict=True):
         assert torch.equal(a, b)
 
 

@@ -444,7 +444,7 @@ def test_one_process_says_what_is_wrong(monkeypatch, capsys, tmp_path):
 
     def ends(rank: str, error: Exception) -> tuple[object, str]:
         monkeypatch.setenv("RANK", rank)
-        monkeypatch.setattr(TrainRun, "run", lambda run, overrides: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(TrainRun, "run", lambda run, overrides, **how: (_ for _ in ()).throw(error))
         with pytest.raises(SystemExit) as end:
             main(["train", "--data", "d", "--out", str(tmp_path)])
         return end.value.code, capsys.readouterr().err
