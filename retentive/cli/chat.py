@@ -20,6 +20,7 @@ from retentive.checkpoint.find import shipped
 from retentive.cli.errors import described
 from retentive.cli.loading import Loading
 from retentive.cli.parsing import parse
+from retentive.cli.progress import say
 from retentive.data.media import SUFFIXES, Media
 from retentive.infer import SamplingParams
 from retentive.infer.chat import Chat
@@ -105,6 +106,8 @@ def run(command: ChatCommand) -> None:
         raise ValueError(f"--states {command.states} is a file: choose a folder")
     model, tokenizer = command.load()
     template = command.template_for(tokenizer, command.template)
+    if not template.own:
+        say(f"{command.run} has no chat template: it continues texts, and `retentive sft` teaches it to answer")
     how: dict[str, Any] = {"memory": command.memory, "max_tokens": command.max_tokens, "sampling": command.sampling}
     with Chat(model, tokenizer, template, **how) as chat:
         talk = Talk(chat, command.states)

@@ -19,6 +19,7 @@ from retentive.checkpoint import rwkv
 from retentive.checkpoint.quantize import Quantization
 from retentive.cli.loading import Limits
 from retentive.cli.parsing import parse
+from retentive.files import check_places, write_json
 from retentive.models import (
     ARCHITECTURES,
     NAMES,
@@ -56,6 +57,8 @@ class InfoCommand(Limits):
     """Size of a named architecture."""
     to: Annotated[str, tyro.conf.arg(metavar="gguf")] = ""
     """Also say how `retentive export --to gguf` would write the model; if it cannot, all that the model would need."""
+    json: Path | None = None
+    """File for the config, parameters, FLOPs and memory by context."""
     machine: bool = False
     """Show this machine: processor, torch, and the engines that run models on it."""
 
@@ -64,12 +67,34 @@ def main(argv: list[str]) -> None:
     command = parse(InfoCommand, "retentive info", argv)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
     with console.capture() as shown:  # printed at once, so that an error leaves no partial page
-        show(console, command)
+        config = show(console, command)
+    if command.json:
+        if config is None:
+            raise ValueError("`json` is for one model: name a run, a size or an architecture")
+        check_places(command.json)
+        write_json(command.json, numbers(config))
     print(shown.get(), end="")
 
 
-def show(console: Console, command: InfoCommand) -> None:
-    """Print the requested page."""
+def numbers(config: Any) -> dict[str, Any]:
+    """Returns the config and its costs."""
+    found = {
+        "model": config.name,
+        "config": config.written(),
+        "parameters": cost.parameters(config),
+        "block_parameters": cost.block_parameters(config),
+    }
+    if config.library:  # its memory and FLOPs are not known here
+        return found
+    return found | {
+        "weight_bytes_float32": cost.weight_bytes(config),
+        "flops_per_token": cost.flops_per_token(config, 2048),
+        "memory_bytes": {str(n): cost.memory_bytes(config, n) for n in CONTEXTS},
+    }
+
+
+def show(console: Console, command: InfoCommand) -> Any:
+    """Print the requested page; returns the config of the model that it is about, None for other pages."""
     config: Any = None
     if command.to not in ("", "gguf"):
         raise ValueError(f"`to={command.to!r}`: expected gguf")
@@ -101,10 +126,11 @@ def show(console: Console, command: InfoCommand) -> None:
             console.print(f"  {line}", soft_wrap=True)
         progress(console, folder.path)
     if config is None:
-        return
+        return None
     if command.to:
         console.print(f"  llama.cpp runs it as {rwkv.architecture_for(config)} (retentive export --to gguf)")
     console.print(f"\n  retention on this machine's CPU: {backends.describe()}", markup=False, soft_wrap=True)
+    return config
 
 
 def of_machine() -> dict[str, str]:

@@ -468,6 +468,7 @@ OTHERS = {
         "llama.cpp cannot run this RetNet; its architecture arwkv7 needs rotary='none'; qk_norm=False",
     ),
     "info-for-another-runtime": (["info", "retnet-portable", "--to", "onnx"], "--to onnx: expected gguf"),
+    "info-of-no-model-as-json": (["info", "--sizes", "--json", "x"], "--json is for one model: name a run, a size"),
     "bench-of-no-size": (["bench", "decode", "--size", "3m"], "unknown size '3m'"),
     "bench-onto-its-picture": (
         ["bench", "decode", "--size", "1m", "--json", "new/o.png"],

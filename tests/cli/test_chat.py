@@ -120,8 +120,9 @@ def test_what_is_refused_is_told_in_a_line(case, chat, place, capsys):
         save(blank(other), place / "states" / "twin.safetensors")
     with pytest.raises(SystemExit) as stop:
         chat(lines, *options)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and words in error
+    *before, error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and words in error
+    assert before in ([], ["run has no chat template: it continues texts, and `retentive sft` teaches it to answer"])
 
 
 ON_ITS_TERMINAL = """

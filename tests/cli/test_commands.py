@@ -46,7 +46,7 @@ from retentive.data.prepare import DataConfig
 from retentive.infer import SamplingParams
 from retentive.infer import generate as generated
 from retentive.linearization import LinearizeRun
-from retentive.models import PRESETS, cost
+from retentive.models import PRESETS, ModelConfig, cost
 from retentive.models.presets import Size, flat
 from retentive.ops import backends
 from retentive.serve.options import Options
@@ -373,6 +373,15 @@ def test_info_of_a_size(size, capsys, tmp_path, monkeypatch):
 def test_info_tells_before_training_what_llama_cpp_would_run(capsys):
     main(["info", "retnet-portable", "--size", "1m", "--to", "gguf"])
     assert "llama.cpp runs it as arwkv7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["5m", "hybrid", "transformer"])
+def test_info_writes_its_numbers(name, tmp_path):
+    main(["info", name, "--vocab-size", "1000", "--json", str(tmp_path / "info.json")])
+    found = json.loads((tmp_path / "info.json").read_text())
+    config = ModelConfig.read(found["config"])
+    assert found["parameters"] == cost.parameters(config) and found["model"] == config.name
+    assert found["memory_bytes"]["8192"] == cost.memory_bytes(config, 8192)
 
 
 def test_info_lists_the_sizes(capsys, monkeypatch):
