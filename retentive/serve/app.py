@@ -27,12 +27,12 @@ from retentive.page import FILES
 from retentive.serve.completion import ClientLeft, Completion, described
 from retentive.serve.embeddings import embeddings
 from retentive.serve.errors import Refused
+from retentive.serve.items import InputRequest
 from retentive.serve.middleware import AccessMiddleware
 from retentive.serve.requests import (
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
-    InputRequest,
     Named,
     RestoreRequest,
     SaveRequest,

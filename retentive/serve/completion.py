@@ -26,7 +26,8 @@ from retentive.infer.text import Text
 from retentive.serve.async_engine import Mailbox
 from retentive.serve.choices import Choice, Delta, Prompt
 from retentive.serve.errors import Refused, try_later
-from retentive.serve.requests import ChatRequest, CompletionRequest, ResponseRequest
+from retentive.serve.items import ResponseRequest
+from retentive.serve.requests import ChatRequest, CompletionRequest
 from retentive.serve.responses import ChatResponses, CompletionResponses, ItemResponses, Responses
 from retentive.serve.service import Service
 

@@ -50,7 +50,7 @@ from retentive.train.parallel.rendezvous import joined, several
 from retentive.train.prepare import prepare
 from retentive.train.resume import FREE, changes_of, check_unchanged, plain
 from retentive.train.step import take_step
-from retentive.train.texts import Shown, is_text, packed
+from retentive.train.texts import Shown, filled, is_text, packed
 
 Data = Packed | Mixture
 
@@ -309,22 +309,14 @@ class TrainRun:
         if self.mode == "auto":
             config = ModelFolder.open(self.out).config if self.resumes else self.config(data.meta.vocab_size)
             run = replace(self, mode="whole" if data.media or config.library or config.attends else "carry")
-        run = run._filled(min(part.meta.splits["train"].tokens for part in parts_of(data)), fixed)
+        if run.mode != "whole":
+            tokens = min(part.meta.splits["train"].tokens for part in parts_of(data))
+            batch, length = filled(run.batch, run.length, tokens, fixed, carry=run.mode == "carry")
+            run = replace(run, batch=batch, length=length)
         if self.epochs and not by_steps:
             steps = math.ceil(self.epochs * run.batches(data).steps_per_epoch / self.train.accumulate)
             run = replace(run, train=replace(self.train, steps=max(1, steps)))
         return replace(run, epochs=0.0)
-
-    def _filled(self, tokens: int, fixed: Collection[str]) -> "TrainRun":
-        """The run with fewer and shorter rows, if the text has too few tokens for one batch (`loader.Batches`)."""
-        rows, length = self.batch if self.mode == "carry" else 1, self.length
-        if self.mode == "whole" or tokens > rows * length or tokens < 2:
-            return self
-        if rows > 1 and "batch" not in fixed:
-            rows = max(1, (tokens - 1) // length)
-        if "length" not in fixed:
-            length = min(length, max(1, (tokens - 1) // rows))
-        return replace(self, batch=rows if self.mode == "carry" else self.batch, length=length)
 
     def _as_resumed(self, saved: Mapping[str, Any], fingerprint: str, chosen: Collection[str], free: Any) -> "TrainRun":
         """The run at `out`, whose train.json is `saved`; of the `chosen` options, only `free` ones may change."""

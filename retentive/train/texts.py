@@ -1,10 +1,10 @@
-"""Texts as training data: packed into a folder beside the run, once.
+"""Texts as training data: packed into a folder beside the run, once; and rows that little text can fill.
 
 packed(Path("my.txt"), Path("runs/mine"), tokenizer="train")         runs/mine-data-5d41402a
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -42,3 +42,20 @@ def packed(source: Path, out: Path, *, tokenizer: str, shown: Shown, quiet: bool
         with shown() as progress:
             prepare(source, folder, tokenizer=tokenizer, progress=progress, say=lambda line: say(line, quiet=quiet))
     return folder
+
+
+def filled(batch: int, length: int, tokens: int, fixed: Collection[str], *, carry: bool) -> tuple[int, int]:
+    """Returns (batch, length), smaller if the text has too few tokens for one batch (`loader.Batches`).
+
+    Args:
+        fixed: names of the two that stay as they are.
+        carry: each row continues the one before, so that a batch needs as many different rows.
+    """
+    rows = batch if carry else 1
+    if tokens > rows * length or tokens < 2:
+        return batch, length
+    if carry and "batch" not in fixed:
+        batch = rows = max(1, (tokens - 1) // length)
+    if "length" not in fixed:
+        length = min(length, max(1, (tokens - 1) // rows))
+    return batch, length
