@@ -357,15 +357,15 @@ class EmbeddingRequest(Body):
         """Returns the ids of each text, after an end-of-text token.
 
         Raises:
-            Refused: a text is empty, or longer than a prompt may be.
+            Refused: a text is empty, or all together are longer than a prompt may be.
         """
         found = [x if isinstance(x, list) else tokenizer.encode(x) for x in self.input]
         for n, ids in enumerate(found):
             if not ids:
                 raise Refused(400, "a text to embed is empty", param=f"input[{n}]")
-            if len(ids) > options.max_prompt:
-                message = f"the text has {len(ids)} tokens, this server takes {options.max_prompt}"
-                raise Refused(400, message, param=f"input[{n}]", code="context_length_exceeded")
+        if (tokens := sum(map(len, found))) > options.max_prompt:
+            message = f"the texts have {tokens} tokens together, this server takes {options.max_prompt}"
+            raise Refused(400, message, param="input", code="context_length_exceeded")
         return [[tokenizer.eos_id, *ids] for ids in found]
 
 

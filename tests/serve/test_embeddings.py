@@ -60,8 +60,8 @@ def test_a_text_that_is_too_long(server):
     before = server.service.options.max_prompt
     object.__setattr__(server.service.options, "max_prompt", 3)
     try:
-        with pytest.raises(openai.BadRequestError, match="the text has 5 tokens, this server takes 3"):
-            server.client().embeddings.create(model=server.service.name, input="a cat")
+        with pytest.raises(openai.BadRequestError, match="the texts have 6 tokens together, this server takes 3"):
+            server.client().embeddings.create(model=server.service.name, input=["abc", "def"])
     finally:
         object.__setattr__(server.service.options, "max_prompt", before)
 
