@@ -120,13 +120,14 @@ class MultiScaleRetention(nn.Module):
             state: that of the last call; None for the beginning.
             positions: positions of the tokens, with padding or borders of packed sequences; by default those after the
                 state.
-            phases: `phases` of these positions.
+            phases: `phases` of these positions, if several layers share them.
 
         Raises:
             ValueError: without `positions`: x is not `[B,T,D]`, or the state is of another layer or batch.
         """
-        if positions is None or phases is None:
+        if positions is None:
             return self._alone(x, state)
+        phases = self.phases(positions, x.dtype) if phases is None else phases
         q_BTHK = rotate(self.query(x), phases.cos, phases.sin, self.config.rotary, phases.q_scale)
         k_BTHK = rotate(self.key(x), phases.cos, phases.sin, self.config.rotary)
         v_BTHV = self.v_proj(x).unflatten(-1, (self.kv_heads, self.V))
@@ -162,7 +163,7 @@ class MultiScaleRetention(nn.Module):
                 raise ValueError(f"the state must be of [B, H, K, V] = {want}, got {got}: of another layer or batch?")
         before = 0 if state is None else state.position
         positions = positions_of(B, T, torch.full((B,), before, device=x.device), None, None, x.device)
-        out, after = self(x, None if state is None else state.memory, positions, self.phases(positions, x.dtype))
+        out, after = self(x, None if state is None else state.memory, positions)
         if state is not None:
             state.used = isinstance(after, Ring)
         return out, LayerState(after, before + T)

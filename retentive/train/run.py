@@ -212,22 +212,24 @@ class TrainRun:
             return train(model, batches, objective, run.train, directory, hooks, cluster)
 
     def on_packed(self, shown: Shown = nullcontext, *, quiet: bool = False) -> "TrainRun":
-        """The run on packed folders: each file or folder of text is packed beside the run, once.
+        """The run on packed folders: all files and folders of text are packed into one beside the run, once.
+
+        Their tokenizer is that of the initial model, or of a packed folder among the data, or a new one.
 
         Raises:
-            ValueError, OSError: as `texts.packed`; or there are several processes.
+            ValueError, OSError: as `texts.packed`; or there are several processes, or weights of the texts.
         """
         sources = self.data if isinstance(self.data, tuple) else (self.data,)
-        if not any(map(is_text, sources)):
+        texts, others = ([path for path in sources if is_text(path) == wanted] for wanted in (True, False))
+        if not texts:
             return self
         if several():
             raise ValueError("texts are packed by one process: pack them first (retentive data), then train on that")
-        tokenizer = str(self.base.path) if self.init else "train"
-        found = [
-            packed(path, self.out, tokenizer=tokenizer, shown=shown, quiet=quiet) if is_text(path) else path
-            for path in sources
-        ]
-        return replace(self, data=tuple(found))
+        if self.data_weights:
+            raise ValueError("`data_weights` are of packed folders: pack each text first (retentive data)")
+        tokenizer = str(self.base.path if self.init else others[0] if others else "train")
+        made = packed(texts, self.out, tokenizer=tokenizer, shown=shown, quiet=quiet)
+        return replace(self, data=(*others, made))
 
     def check(self) -> None:
         """Check everything that needs no data; raises ValueError or OSError. Changes nothing."""

@@ -1,10 +1,10 @@
 """Texts as training data: packed into a folder beside the run, once; and rows that little text can fill.
 
-packed(Path("my.txt"), Path("runs/mine"), tokenizer="train")         runs/mine-data-5d41402a
+packed([Path("my.txt")], Path("runs/mine"), tokenizer="train")       runs/mine-data-5d41402a
 """
 
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -23,8 +23,8 @@ def is_text(path: Path) -> bool:
     return path.exists() and not packed_once
 
 
-def packed(source: Path, out: Path, *, tokenizer: str, shown: Shown, quiet: bool = False) -> Path:
-    """Returns the folder OUT-data-HASH with the packed text of a file or folder; packs it if it is not there.
+def packed(sources: Sequence[Path], out: Path, *, tokenizer: str, shown: Shown, quiet: bool = False) -> Path:
+    """Returns the folder OUT-data-HASH with the packed text of files and folders; packs it if it is not there.
 
     Args:
         tokenizer: as `DataConfig.tokenizer`.
@@ -33,14 +33,16 @@ def packed(source: Path, out: Path, *, tokenizer: str, shown: Shown, quiet: bool
     Raises:
         ValueError, OSError: as `prepare`.
     """
-    files = [(name, file_sha256(path)) for name, path in source_files(source).items()]
+    files = [(name, file_sha256(path)) for source in sources for name, path in source_files(source).items()]
     words = tokenizer if tokenizer == "train" else load_tokenizer(tokenizer).sha256
     digest = hashlib.sha256(repr((words, files)).encode()).hexdigest()[:8]
     folder = out.with_name(f"{out.name}-data-{digest}")
     if not (folder / "meta.json").is_file():
-        say(f"packing {source} into {folder}", quiet=quiet)
+        say(f"packing {', '.join(map(str, sources))} into {folder}", quiet=quiet)
         with shown() as progress:
-            prepare(source, folder, tokenizer=tokenizer, progress=progress, say=lambda line: say(line, quiet=quiet))
+            prepare(
+                list(sources), folder, tokenizer=tokenizer, progress=progress, say=lambda line: say(line, quiet=quiet)
+            )
     return folder
 
 

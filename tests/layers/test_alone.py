@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from retentive.layers import MultiScaleRetention, RetentionConfig
+from retentive.layers import MultiScaleRetention, RetentionConfig, positions_of
 
 VARIANTS = {
     "default": {},
@@ -30,6 +30,15 @@ def test_in_pieces_and_step_by_step_it_gives_the_same(variant, grad):
             # two forms in float32
             torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
             assert state.position == 12
+
+
+def test_positions_without_phases_are_kept():
+    layer, x = MultiScaleRetention(16, 2), torch.randn(2, 6, 16)
+    lengths = torch.tensor([6, 4])
+    padded, state = layer(x, None, positions_of(2, 6, None, lengths, None, x.device))
+    alone, last = layer(x[1:, :4])
+    torch.testing.assert_close(padded[1:, :4], alone, rtol=1e-4, atol=1e-5)  # two forms in float32
+    torch.testing.assert_close(state[1:], last.memory, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_pass_through_the_state():

@@ -1,6 +1,7 @@
 """Training straight from text: packed once beside the run, resumed from there; rows that little text can fill."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,6 @@ from retentive.checkpoint import ModelFolder, save_model
 from retentive.cli import main
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.models import build, retnet
-from retentive.train import TrainRun
 
 TEXT = "Once upon a time a fox lived in a wood, and it was happy there.\n"
 FEW = dict(size="1m", set={"dim": 16, "layers": 1, "heads": 2}, batch=2, length=32, eval_every=0, save_every=1)
@@ -56,12 +56,23 @@ def test_a_model_to_begin_with_brings_its_tokenizer(place):
     assert ModelFolder.open(made).tokenizer.sha256 == ByteTokenizer().sha256
 
 
-def test_packed_folders_and_texts_are_mixed(place):
+def test_several_texts_are_packed_together(place, capsys):
+    made = retentive.train(["my.txt", "folder"], "runs/both", steps=1, **FEW)
+    assert "packing my.txt, folder into runs/both-data-" in capsys.readouterr().err
+    assert len(list((place / "runs").glob("both-data-*"))) == 1 and ModelFolder.open(made).tokenizer is not None
+
+
+def test_texts_beside_a_packed_folder_have_its_tokenizer(place):
     retentive.train("my.txt", "runs/one", steps=1, **FEW)
     (folder,) = (place / "runs").glob("one-data-*")
-    save_model("base", build(retnet(vocab_size=400, dim=16, layers=1, heads=2)), ModelFolder.open("runs/one").tokenizer)
-    run = TrainRun.of([folder, "folder"], "runs/both", init="base", steps=1, batch=2, length=32, eval_every=0)
-    assert [path.name.rsplit("-", 1)[0] for path in run.on_packed(quiet=True).data] == ["one-data", "both-data"]
+    made = retentive.train([folder, "folder"], "runs/both", steps=1, **FEW)
+    assert ModelFolder.open(made).tokenizer.sha256 == ModelFolder.open("runs/one").tokenizer.sha256
+    assert [Path(x).name.rsplit("-", 1)[0] for x in record(made)["command"]["data"]] == ["one-data", "both-data"]
+
+
+def test_weights_are_of_packed_folders(place):
+    with pytest.raises(ValueError, match="`data_weights` are of packed folders: pack each text first"):
+        retentive.train(["my.txt", "folder"], "runs/both", steps=1, data_weights=[1, 2], **FEW)
 
 
 def test_little_text_makes_smaller_batches_and_says_so(place, capsys):
