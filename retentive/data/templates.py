@@ -20,6 +20,7 @@ from typing import Any
 
 from retentive.data.media import KINDS, placeholder, placeholder_id, placeholders, text_of
 from retentive.data.tokenizer import END_OF_TEXT, Tokenizer
+from retentive.data.tools import Notation, find_notation
 
 TEMPLATE = "chat_template.jinja"
 """File of a model folder that holds its chat template."""
@@ -50,7 +51,10 @@ PROBE = "Is 1 < 2, Åse? naïve…"
 SHIELDED = re.compile("\ue000([0-9a-f]+)\ue001")
 
 Message = Mapping[str, Any]
-"""A role and a content: text, or a list of texts and `Media`."""
+"""A role and a content: text, or a list of texts and `Media`. An answer's `tool_calls` are OpenAI's, with arguments as
+objects."""
+Tool = Mapping[str, Any]
+"""Description of a function, as in OpenAI's API: `{"type": "function", "function": {"name": …, "parameters": …}}`."""
 
 
 class ChatTemplate:
@@ -79,13 +83,21 @@ class ChatTemplate:
         self.first([{"role": "user", "content": "."}])  # refuse a template that cannot render now, not at a request
         self.stop_ids, self.stop = self._ends()
 
-    def first(self, messages: Sequence[Message]) -> list[int]:
+    def first(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Returns the ids of a whole conversation.
+
+        Args:
+            tools: functions that the model may call, as in OpenAI's API; see `notation`.
 
         Raises:
             ValueError: the template refuses these messages.
         """
-        return self._encode(self._render(self._shielded(messages)))
+        return self._encode(self._render(self._shielded(messages), tools=self._shielded_all(list(tools))))
+
+    @functools.cached_property
+    def notation(self) -> Notation:
+        """Notation of tool calls in this template; raises ValueError if it has none that is served."""
+        return find_notation(self._render, self._special)
 
     def next(self, messages: Sequence[Message]) -> list[int]:
         """Returns the ids of `messages` in a continued session, preceded by the template's text after an answer.
@@ -232,10 +244,11 @@ class ChatTemplate:
             return frozenset({*ends, self.special[found[0]]}), ()
         return frozenset(ends), (between.rstrip(),) if between.strip() else ()
 
-    def _render(self, messages: Sequence[Message], *, ask: bool = True) -> str:
+    def _render(self, messages: Sequence[Message], *, ask: bool = True, tools: Sequence[Tool] = ()) -> str:
         """Renders the messages, with `ask` up to where the answer begins."""
         values = {
             "messages": list(messages),
+            "tools": list(tools) or None,
             "add_generation_prompt": ask,
             "bos_token": self.bos,
             "eos_token": self.eos,
@@ -254,10 +267,23 @@ class ChatTemplate:
     def _shielded(self, messages: Sequence[Message]) -> list[Message]:
         """Hides special tokens' names in messages as hexadecimal; names left after rendering are the template's own."""
 
-        def shield(content: str) -> str:
-            return self._to_shield.sub(lambda found: f"\ue000{found[0].encode().hex()}\ue001", content)
+        shielded = list[Message]()
+        for message in messages:
+            calls = {"tool_calls": self._shielded_all(x)} if (x := message.get("tool_calls")) else {}
+            content = text_of(message["content"], placeholders, self._shield)
+            shielded.append({**message, "content": content, **calls})
+        return shielded
 
-        return [{**message, "content": text_of(message["content"], placeholders, shield)} for message in messages]
+    def _shielded_all(self, value: Any) -> Any:
+        """Hides special tokens' names in all strings of a value in JSON."""
+        if isinstance(value, str):
+            return self._shield(value)
+        if isinstance(value, Mapping):
+            return {self._shield(name): self._shielded_all(each) for name, each in value.items()}
+        return [self._shielded_all(each) for each in value] if isinstance(value, list) else value
+
+    def _shield(self, text: str) -> str:
+        return self._to_shield.sub(lambda found: f"\ue000{found[0].encode().hex()}\ue001", text)
 
     def _encode(self, rendered: str) -> list[int]:
         """Encodes rendered text: special tokens' names in it are the template's own, all else is text."""

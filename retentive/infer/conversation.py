@@ -14,7 +14,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from retentive.data.media import Rows, rows_of
-from retentive.data.templates import ChatTemplate, Message
+from retentive.data.templates import ChatTemplate, Message, Tool
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.engine import Engine
 from retentive.infer.memory import Memory
@@ -50,14 +50,17 @@ class Conversation:
 
     # what is to be read
 
-    def turn(self, messages: Sequence[Message]) -> tuple[list[int], Rows]:
+    def turn(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> tuple[list[int], Rows]:
         """Encode messages: returns (ids to read, pending ones first; rows of the pictures and sound among them).
+
+        Args:
+            tools: functions that the model may call. Only the first messages of a conversation introduce them.
 
         Raises:
             ValueError: the template refuses these messages.
         """
-        encode = self.template.next if self.begun else self.template.first
-        return [*self.memory.pending, *encode(messages)], rows_of(messages)
+        ids = self.template.next(messages) if self.begun else self.template.first(messages, tools)
+        return [*self.memory.pending, *ids], rows_of(messages)
 
     @property
     def lead(self) -> list[int]:

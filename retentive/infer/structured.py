@@ -10,7 +10,7 @@ model might write nothing else. The text is only valid if max_tokens leaves room
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from retentive.data.tokenizer import Tokenizer
+from retentive.data.tools import Notation
 from retentive.infer.requests import Constraint
 from retentive.options import quoted
 
@@ -56,7 +57,53 @@ def regex(pattern: str, tokenizer: Tokenizer) -> Callable[[], Constraint]:
     return _compiled(library.LLMatcher.grammar_from_regex(pattern), tokenizer, "regular expression")
 
 
-def _compiled(grammar: str, tokenizer: Tokenizer, what: str) -> Callable[[], Constraint]:
+def tool_calls(
+    tools: Mapping[str, Mapping[str, Any]],
+    notation: Notation,
+    tokenizer: Tokenizer,
+    *,
+    required: bool = False,
+    several: bool = True,
+    ends: Collection[int] = (),
+) -> Callable[[], Constraint]:
+    """Returns a factory of constraints to text that may end in calls of `tools`, whose arguments fit their schemas.
+
+    Args:
+        tools: name -> JSON schema of its arguments.
+        notation: of the model's chat template.
+        required: the text is calls and nothing else.
+        several: allow more than one call, if the notation does.
+        ends: token ids that end an answer, beside the end-of-text token.
+
+    Raises:
+        ValueError: a schema cannot be used; the message names its function.
+        ImportError: the extra is missing.
+    """
+    for name, schema in tools.items():  # one by one, since an error in the grammar of all would not name the function
+        try:
+            json_schema(schema, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"function {name!r}: {error}") from None
+    calls = [
+        f"{json.dumps(name + notation.middle)} %json {json.dumps({**schema, 'x-guidance': STYLE})}"
+        for name, schema in tools.items()
+    ]
+    more = f"({json.dumps(notation.between)} call)*" if several and notation.between else ""
+    begin, end = json.dumps(notation.begin), json.dumps(notation.end)
+    lines = [
+        "%llguidance {}",
+        f"start: {'' if required else 'text | '}begin call {more} {end}",
+        # lazy: the text ends with the first mark of a call
+        f"begin: {begin}" if required else f"begin[lazy]: TEXT {begin}\ntext: TEXT\nTEXT: /(.|\\n)*/",
+        f"call: {' | '.join(calls)}",
+    ]
+    grammar = "\n".join(lines)
+    return _compiled(grammar, tokenizer, "grammar of the tool calls", frozenset(ends))
+
+
+def _compiled(
+    grammar: str, tokenizer: Tokenizer, what: str, ends: frozenset[int] = frozenset()
+) -> Callable[[], Constraint]:
     """Compiles the grammar once; each constraint is a copy of the matcher in its initial state."""
     library, table = _library(), _table(tokenizer)  # type: ignore[arg-type]
     if problem := library.LLMatcher.validate_grammar(grammar, table):
@@ -65,14 +112,15 @@ def _compiled(grammar: str, tokenizer: Tokenizer, what: str) -> Callable[[], Con
     first.compute_bitmask()  # detects schemas that no text fits, as {"$ref": "#"}, before a request begins
     if first.is_error():
         raise ValueError(f"the {what} cannot be used: {_one_line(first.get_error())}")
-    return lambda: Matcher(first.deep_copy(), tokenizer)
+    return lambda: Matcher(first.deep_copy(), tokenizer, ends)
 
 
 class Matcher:
-    """Constraint of one stream."""
+    """Constraint of one stream; `ends` are the tokens beside end-of-text that end it, once the text is complete."""
 
-    def __init__(self, matcher: Any, tokenizer: Tokenizer):
+    def __init__(self, matcher: Any, tokenizer: Tokenizer, ends: frozenset[int] = frozenset()):
         self.matcher, self.eos_id, self.vocab_size = matcher, tokenizer.eos_id, tokenizer.vocab_size
+        self.ends = sorted({self.eos_id, *ends})
 
     @property
     def complete(self) -> bool:
@@ -82,7 +130,7 @@ class Matcher:
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         mask = np.unpackbits(bits, count=self.vocab_size, bitorder="little").astype(bool)
         # the library would also allow end of text inside a string, as an ordinary token; here it only ends the text
-        mask[self.eos_id] = self.matcher.is_accepting()
+        mask[self.ends] = self.matcher.is_accepting()
         self._check()  # a grammar may turn out too large while it is followed
         return torch.from_numpy(mask)
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from retentive.data.media import Rows
 from retentive.data.tokenizer import Tokenizer
+from retentive.data.tools import Call, Notation
 from retentive.infer.generate import Token
 from retentive.infer.requests import Stream
 from retentive.infer.text import Text
@@ -40,7 +41,9 @@ class Delta(NamedTuple):
     text: str
     logprobs: list[TokenLogprob]
     finish: str | None
-    """OpenAI's finish_reason: "stop" or "length"; None while the choice continues."""
+    """OpenAI's finish_reason: "stop", "length" or "tool_calls"; None while the choice continues."""
+    calls: tuple[Call, ...] = ()
+    """Tool calls, all together when the choice ends."""
 
 
 @dataclass
@@ -57,6 +60,8 @@ class Choice:
     logprobs: bool
     trims: bool = False
     """True until the first word: drops the white space that templates put before an answer."""
+    notation: Notation | None = None
+    """Notation of tool calls, if the model may call any."""
     finish: str | None = None
     first_at: float | None = None
     """Time of the first token, in seconds of the event loop."""
@@ -112,12 +117,26 @@ class Choice:
         if self.trims:
             self.new_text = self.new_text.lstrip()
             self.trims = not self.new_text
-        if not self.new_text and self.finish is None:
+        text, held, calls = self._called()
+        if not text and self.finish is None:
             return None
         end, ready = self.echoed + self.text.given, self.new_logprobs
         # log probabilities leave out tokens whose text is held back or cut off by a stop string
         if self.text.stopped or self.finish is None:
             ready = [each for each in ready if each.offset < end]
-        delta = Delta(self.index, self.new_text, ready, self.finish)
-        self.new_text, self.new_logprobs = "", self.new_logprobs[len(ready) :]
-        return delta
+        finish = "tool_calls" if calls else self.finish
+        self.new_text, self.new_logprobs = held, self.new_logprobs[len(ready) :]
+        return Delta(self.index, text, ready, finish, calls)
+
+    def _called(self) -> tuple[str, str, tuple[Call, ...]]:
+        """Splits the new text: (text to give out, text held back since it may belong to a call, calls at the end)."""
+        if self.notation is None:
+            return self.new_text, "", ()
+        if self.finish is None:
+            certain = self.notation.certain(self.new_text)
+            return self.new_text[:certain], self.new_text[certain:], ()
+        try:
+            text, calls = self.notation.split(self.new_text)
+        except ValueError:  # max_tokens cut a call off: the client gets its text
+            return self.new_text, "", ()
+        return text, "", tuple(calls)

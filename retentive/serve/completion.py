@@ -13,12 +13,14 @@ the session again at once.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+from retentive.data.tools import Notation
+from retentive.infer import structured
 from retentive.infer.conversation import Conversation
 from retentive.infer.generate import check_prompt
 from retentive.infer.requests import Constraint, Full, Returns
@@ -27,6 +29,7 @@ from retentive.serve.async_engine import Mailbox
 from retentive.serve.choices import Choice, Delta, Prompt
 from retentive.serve.errors import Refused, try_later
 from retentive.serve.items import ResponseRequest
+from retentive.serve.messages import Tool
 from retentive.serve.requests import ChatRequest, CompletionRequest
 from retentive.serve.responses import ChatResponses, CompletionResponses, ItemResponses, Responses
 from retentive.serve.service import Service
@@ -70,7 +73,10 @@ class Completion:
         self.exits = ExitStack()
         usage = request.stream_options is not None and request.stream_options.include_usage
         kind = RESPONSES[type(request)]
-        self.responses = kind(service.name, service.tokenizer, logprobs=self.top is not None, usage=usage)
+        self.responses = kind(
+            service.name, service.tokenizer, logprobs=self.top is not None, usage=usage, echoed=request.echoed
+        )
+        self.notation: Notation | None = None
 
     async def begin(self, client_leaves: Callable[[], Awaitable[None]]) -> None:
         """Checks the request and submits it to the engine.
@@ -92,6 +98,7 @@ class Completion:
                 checkout = service.sessions.checkout(self.owner, request.session, new=True)
                 self.conversation = self.exits.enter_context(checkout)
             self._check_fields()
+            self._check_tools()
             self.constraint = await self._constraint()
             self._watch(client_leaves)
             encode = partial(request.prompts, self.conversation, service.options, service.open_media)
@@ -193,9 +200,26 @@ class Completion:
         except ValueError as error:
             raise Refused(400, str(error), param=self.request.prompt_field) from None
 
+    def _check_tools(self) -> None:
+        """Finds the notation of tool calls; raises Refused if there are tools and the model's template shows none."""
+        request = self.request
+        if not isinstance(request, ChatRequest) or not request.uses_tools:
+            return
+        try:
+            self.notation = self.conversation.template.notation
+        except ValueError as error:
+            message = f"this model takes no tools: {error}; ask for JSON with response_format"
+            raise Refused(400, message, param="tools", code="tools_not_served") from None
+
     async def _constraint(self) -> Callable[[], Constraint] | None:
-        """Returns a function that makes constraints for response_format; None for any text. Refuses a bad schema."""
-        form = self.request.response_format
+        """Returns a function that makes constraints for response_format or tools; None for any text.
+
+        Raises:
+            Refused: a schema cannot be used.
+        """
+        form, tools = self.request.response_format, self.request.callable
+        if tools and self.notation is not None:
+            return await self._compiled("tools", self._calls_of, tools, self.notation)
         if form is None or form.type == "text":
             return None
         schema: dict[str, Any] = {"type": "object"}
@@ -203,13 +227,24 @@ class Completion:
             if form.json_schema is None:
                 raise Refused(400, "json_schema is missing", param="response_format.json_schema")
             schema = form.json_schema.json_schema
-        try:
-            from retentive.infer.structured import json_schema  # an extra that few requests need
+        return await self._compiled("response_format", structured.json_schema, schema, self.service.tokenizer)
 
-            # a large schema takes seconds to compile
-            return await asyncio.to_thread(json_schema, schema, self.service.tokenizer)
+    def _calls_of(self, tools: Sequence[Tool], notation: Notation) -> Callable[[], Constraint]:
+        return structured.tool_calls(
+            {tool.function.name: tool.schema_of_arguments for tool in tools},
+            notation,
+            self.service.tokenizer,
+            required=self.request.must_call,
+            several=self.request.several_calls,
+            ends=self.request.stops(self.conversation)[0],
+        )
+
+    async def _compiled(self, param: str, compiled: Callable[..., T], *args: Any) -> T:
+        """Returns `compiled(*args)` from a thread, since a large schema takes seconds; refuses what it refuses."""
+        try:
+            return await asyncio.to_thread(compiled, *args)
         except (ImportError, ValueError) as error:
-            raise Refused(400, str(error), param="response_format") from None
+            raise Refused(400, str(error), param=param) from None
 
     def _submit(self, prompt: Prompt) -> None:
         """Submits a prompt and adds its n choices; raises Refused if the queue is full."""
@@ -238,7 +273,8 @@ class Completion:
         for index, stream in enumerate(streams, first):
             text = Text(tokenizer, self.stop)
             logprobs, trims = self.top is not None, isinstance(self.request, ChatRequest)
-            self.choices.append(Choice(index, prompt, stream, tokenizer, text, self.max_tokens, logprobs, trims))
+            choice = Choice(index, prompt, stream, tokenizer, text, self.max_tokens, logprobs, trims, self.notation)
+            self.choices.append(choice)
 
     def _watch(self, client_leaves: Callable[[], Awaitable[None]]) -> None:
         """Puts into the mailbox, as items, that the client has left and that the time is over."""
@@ -314,7 +350,8 @@ class Completion:
         except Exception as error:
             if isinstance(error, ValueError) and self.constraint is not None:
                 # a grammar that is too large fails only when the text comes to the large part of it
-                raise Refused(400, str(error), param="response_format", code="schema_refused") from None
+                param = "response_format" if self.notation is None else "tools"
+                raise Refused(400, str(error), param=param, code="schema_refused") from None
             log.error("request %s failed", self.request_id, exc_info=error)
             raise Refused(500, f"the model failed on this request: {error}", code="model_failed") from None
 

@@ -8,7 +8,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 
@@ -19,6 +19,7 @@ from retentive.infer.conversation import NAME, Conversation
 from retentive.serve.choices import Prompt
 from retentive.serve.errors import Refused, field
 from retentive.serve.media import OpenMedia, content
+from retentive.serve.messages import PARTS, Body, Message, Part, TextPart, Tool, ToolChoice, chosen_tools
 from retentive.serve.options import Options
 
 BODY_SECONDS = 60
@@ -59,19 +60,6 @@ def _are_ids(value: list) -> bool:
     return bool(value) and all(type(i) is int for i in value)  # type(), since true is not an id
 
 
-def _as_parts(value: Any) -> Any:
-    """Returns a message's `content`, a string or a list of parts, as a list of parts."""
-    if not isinstance(value, str | list):
-        raise ValueError("expected a string, or a list of parts")
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-class Body(BaseModel):
-    """Base of all bodies: strict, so that "1" is not a number, and without NaN, which is not JSON."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-
 # Every token is checked against these, in a thread that all requests share, so they are bounded.
 Stops = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=256)]], BeforeValidator(_as_list), Field(max_length=16)
@@ -91,47 +79,6 @@ class Schema(Body):
 class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Schema | None = None
-
-
-class TextPart(Body):
-    type: Literal["text"]
-    text: str
-
-
-class ImageURL(Body):
-    url: str
-
-
-class ImagePart(Body):
-    type: Literal["image_url"]
-    image_url: ImageURL
-
-    @property
-    def encoded(self) -> str:
-        return self.image_url.url
-
-
-class InputAudio(Body):
-    data: str
-    format: Literal["wav", "flac", "ogg"] = "wav"
-
-
-class AudioPart(Body):
-    type: Literal["input_audio"]
-    input_audio: InputAudio
-
-    @property
-    def encoded(self) -> str:
-        return self.input_audio.data
-
-
-PARTS = ("text", "image_url", "input_audio")
-Part = Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]
-
-
-class Message(Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(_as_parts), Field(min_length=1)]
 
 
 class Generation(Body, ABC):
@@ -174,6 +121,26 @@ class Generation(Body, ABC):
     def media(self) -> int:
         """Characters of its pictures and sounds, which are always much work."""
         return 0
+
+    @property
+    def callable(self) -> list[Tool]:
+        """Tools that the model may call."""
+        return []
+
+    @property
+    def several_calls(self) -> bool:
+        """True if an answer may call several tools."""
+        return True
+
+    @property
+    def must_call(self) -> bool:
+        """True if the answer must be a call."""
+        return False
+
+    @property
+    def echoed(self) -> dict[str, Any]:
+        """Fields that a response repeats, where its API does so."""
+        return {}
 
     @abstractmethod
     def prompts(self, conversation: Conversation, options: Options, open_media: OpenMedia | None) -> list[Prompt]:
@@ -287,7 +254,9 @@ class ChatRequest(Generation):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[Any] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
 
     @property
@@ -296,27 +265,51 @@ class ChatRequest(Generation):
 
     @property
     def characters(self) -> int:
-        parts = [part for message in self.messages for part in message.content]
-        return sum(len(part.text) for part in parts if isinstance(part, TextPart))
+        said = sum(len(part.text) for part in self._parts if isinstance(part, TextPart))
+        calls = [call.function for message in self.messages for call in message.tool_calls or ()]
+        tools = sum(len(tool.model_dump_json()) for tool in self.tools or ())
+        return said + tools + sum(len(call.name) + len(call.arguments) for call in calls)
 
     @property
     def media(self) -> int:
-        parts = [part for message in self.messages for part in message.content]
-        return sum(len(part.encoded) for part in parts if not isinstance(part, TextPart))
+        return sum(len(part.encoded) for part in self._parts if not isinstance(part, TextPart))
+
+    @property
+    def _parts(self) -> list[Part]:
+        return [part for message in self.messages for part in message.content or ()]
+
+    @property
+    def callable(self) -> list[Tool]:
+        return chosen_tools(self.tools or (), self.tool_choice)
+
+    @property
+    def several_calls(self) -> bool:
+        return self.parallel_tool_calls is not False
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice is not None and self.tool_choice not in ("none", "auto")
+
+    @property
+    def uses_tools(self) -> bool:
+        """True if tools are offered, or were called earlier in the conversation."""
+        return bool(self.callable) or any(m.tool_calls or m.role == "tool" for m in self.messages)
 
     def prompts(self, conversation: Conversation, options: Options, open_media: OpenMedia | None) -> list[Prompt]:
         """Returns the messages as the chat template renders them; in a session only new ones are sent."""
         roles = {"developer": "system"}  # OpenAI's newer name, unknown to templates
         messages, media = list[Any](), list[Media]()
         for n, m in enumerate(self.messages):
-            found = content(m.content, open_media, media, options, f"{self.prompt_field}[{n}].content")
+            name = f"{self.prompt_field}[{n}]"
+            called = m.called(name)
+            found = content(m.content or [], open_media, media, options, f"{name}.content")
             media += media_of([{"content": found}])
-            if m.role == "assistant" and not isinstance(found, str):
+            if m.role in ("assistant", "tool") and not isinstance(found, str):
                 message = "an answer is text: pictures and sounds are the user's"
-                raise Refused(400, message, param=f"{self.prompt_field}[{n}].content")
-            messages.append({"role": roles.get(m.role, m.role), "content": found})
+                raise Refused(400, message, param=f"{name}.content")
+            messages.append({"role": roles.get(m.role, m.role), "content": found, **called})
         try:
-            ids, rows = conversation.turn(messages)
+            ids, rows = conversation.turn(messages, [tool.described() for tool in self.callable])
             return [Prompt(ids, rows=rows)]
         except ValueError as error:
             raise Refused(400, str(error), param=self.prompt_field, code="template_refuses") from None
@@ -333,9 +326,10 @@ class ChatRequest(Generation):
 
     def refuse_what_is_not_served(self) -> None:
         super().refuse_what_is_not_served()
-        for name in ("tools", "functions"):
-            if getattr(self, name):
-                raise Refused(400, f"{name} are not served: ask for JSON with response_format", param=name)
+        if self.functions:
+            raise Refused(400, "functions are not served: use tools", param="functions")
+        if self.callable and self.response_format is not None and self.response_format.type != "text":
+            raise Refused(400, "tools and a response_format are not served together", param="response_format")
         if self.top_logprobs is not None and not self.logprobs:
             raise Refused(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
 

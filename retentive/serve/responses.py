@@ -4,10 +4,12 @@ import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from retentive.data.tokenizer import Tokenizer
+from retentive.data.tools import Call
 from retentive.serve.choices import Delta, TokenLogprob
 
 UNLIKELY = -9999.0
@@ -24,19 +26,37 @@ def event(value: dict[str, Any]) -> bytes:
     return b"data: " + to_json(value) + b"\n\n"
 
 
+def call_id() -> str:
+    """Returns a new id of a tool call."""
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+def _call(call: Call) -> dict[str, Any]:
+    return {"id": call_id(), "type": "function", "function": call._asdict()}
+
+
 class Responses(ABC):
     """Response to one request: whole, or in chunks that share its id.
 
     Args:
         logprobs: give the log probability of each token.
         usage: end a stream with a chunk of `usage` (OpenAI's include_usage), which is null in all others.
+        echoed: fields of the request that the response repeats, where its API does so.
     """
 
     # OpenAI's `object` of whole responses and of chunks, and the prefix of its ids
     whole_name, chunk_name, prefix = "", "", ""
 
-    def __init__(self, model: str, tokenizer: Tokenizer, *, logprobs: bool, usage: bool = False):
-        self.model, self.tokenizer, self.logprobs, self.usage = model, tokenizer, logprobs, usage
+    def __init__(
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        *,
+        logprobs: bool,
+        usage: bool = False,
+        echoed: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        self.model, self.tokenizer, self.logprobs, self.usage, self.echoed = model, tokenizer, logprobs, usage, echoed
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
         self._texts: dict[int, str] = {}
 
@@ -45,7 +65,8 @@ class Responses(ABC):
         choices = []
         for n, parts in enumerate(deltas):
             logprobs = [each for part in parts for each in part.logprobs]
-            choices.append(self._choice(Delta(n, "".join(part.text for part in parts), logprobs, parts[-1].finish)))
+            text, last = "".join(part.text for part in parts), parts[-1]
+            choices.append(self._choice(Delta(n, text, logprobs, last.finish, last.calls)))
         return to_json({**self._head(self.whole_name), "choices": choices, **more})
 
     def chunks(self, deltas: Sequence[Delta]) -> bytes:
@@ -121,10 +142,16 @@ class ChatResponses(Responses):
         return self._chunk([{"index": i, "delta": delta, "logprobs": None, "finish_reason": None} for i in range(n)])
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
-        return self._with(delta, {"message": {"role": "assistant", "content": delta.text, "refusal": None}})
+        message: dict[str, Any] = {"role": "assistant", "content": delta.text, "refusal": None}
+        if delta.calls:
+            message |= {"content": delta.text or None, "tool_calls": [_call(call) for call in delta.calls]}
+        return self._with(delta, {"message": message})
 
     def _chunk_choice(self, delta: Delta) -> dict[str, Any]:
-        return self._with(delta, {"delta": {"content": delta.text} if delta.text else {}})
+        said: dict[str, Any] = {"content": delta.text} if delta.text else {}
+        if delta.calls:
+            said["tool_calls"] = [{"index": n, **_call(call)} for n, call in enumerate(delta.calls)]
+        return self._with(delta, {"delta": said})
 
     def _with(self, delta: Delta, said: dict[str, Any]) -> dict[str, Any]:
         logprobs = None
@@ -144,42 +171,67 @@ class ChatResponses(Responses):
 
 
 class ItemResponses(Responses):
-    """Responses of /v1/responses: one message of one text, and events with names."""
+    """Responses of /v1/responses: a message of one text, tool calls, and events with names."""
 
     whole_name, prefix = "response", "resp"
 
-    def __init__(self, model: str, tokenizer: Tokenizer, *, logprobs: bool, usage: bool = False):
-        super().__init__(model, tokenizer, logprobs=logprobs, usage=usage)
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
         self.item_id, self.text, self.finish, self.events = f"msg-{uuid.uuid4().hex}", "", "", 0
+        self.calls: list[dict[str, Any]] = []
+        self.opened = False
+        """True after the event that begins the message. An answer of calls alone has no message."""
 
     def whole(self, deltas: Sequence[Sequence[Delta]], **more: Any) -> bytes:
         for delta in deltas[0]:
             self._take(delta)
-        return to_json(self._response(self._status, [self._item(self._status)], **more))
+        return to_json(self._response(self._status, self._output(), **more))
 
     def opening(self, n: int) -> bytes:
         response = self._response("in_progress", [])
-        return (
-            self._event("response.created", response=response)
-            + self._event("response.in_progress", response=response)
-            + self._event("response.output_item.added", output_index=0, item=self._item("in_progress", []))
-            + self._part_event("content_part.added", part=self._part(""))
+        return self._event("response.created", response=response) + self._event(
+            "response.in_progress", response=response
         )
 
     def chunks(self, deltas: Sequence[Delta]) -> bytes:
         for delta in deltas:
             self._take(delta)
         texts = [delta.text for delta in deltas if delta.text]
-        return b"".join(self._part_event("output_text.delta", delta=text, logprobs=[]) for text in texts)
+        opened = self._opening() if texts else b""
+        return opened + b"".join(self._part_event("output_text.delta", delta=text, logprobs=[]) for text in texts)
 
     def closing(self, **more: Any) -> bytes:
-        response = self._response(self._status, [self._item(self._status)], **more)
-        return (
-            self._part_event("output_text.done", text=self.text, logprobs=[])
-            + self._part_event("content_part.done", part=self._part(self.text))
-            + self._event("response.output_item.done", output_index=0, item=self._item(self._status))
-            + self._event(f"response.{self._status}", response=response)
+        events = b"" if self.calls else self._opening()
+        if self.opened:
+            events += (
+                self._part_event("output_text.done", text=self.text, logprobs=[])
+                + self._part_event("content_part.done", part=self._part(self.text))
+                + self._event("response.output_item.done", output_index=0, item=self._item(self._status))
+            )
+        for index, call in enumerate(self.calls, int(self.opened)):
+            began, where = {**call, "status": "in_progress", "arguments": ""}, {"output_index": index}
+            named, name = {**where, "item_id": call["id"]}, "response.function_call_arguments"
+            events += (
+                self._event("response.output_item.added", **where, item=began)
+                + self._event(f"{name}.delta", **named, delta=call["arguments"])
+                + self._event(f"{name}.done", **named, name=call["name"], arguments=call["arguments"])
+                + self._event("response.output_item.done", **where, item=call)
+            )
+        response = self._response(self._status, self._output(), **more)
+        return events + self._event(f"response.{self._status}", response=response)
+
+    def _opening(self) -> bytes:
+        """Returns the events that begin the message; nothing if it has begun."""
+        if self.opened:
+            return b""
+        self.opened = True
+        return self._event("response.output_item.added", output_index=0, item=self._item("in_progress", [])) + (
+            self._part_event("content_part.added", part=self._part(""))
         )
+
+    def _output(self) -> list[dict[str, Any]]:
+        message = [] if self.calls and not self.text else [self._item(self._status)]
+        return [*message, *self.calls]
 
     def failed(self, body: dict[str, Any]) -> bytes:
         error = body["error"]
@@ -187,15 +239,18 @@ class ItemResponses(Responses):
 
     def _take(self, delta: Delta) -> None:
         self.text, self.finish = self.text + delta.text, delta.finish or self.finish
+        for call in delta.calls:
+            known = {"id": f"fc-{uuid.uuid4().hex}", "type": "function_call", "status": "completed"}
+            self.calls.append({**known, "call_id": call_id(), **call._asdict()})
 
     @property
     def _status(self) -> str:
         return "incomplete" if self.finish == "length" else "completed"
 
-    def _event(self, name: str, **content: Any) -> bytes:
+    def _event(self, kind: str, /, **content: Any) -> bytes:
         self.events += 1
-        said = to_json({"type": name, "sequence_number": self.events - 1, **content})
-        return b"event: " + name.encode() + b"\ndata: " + said + b"\n\n"
+        said = to_json({"type": kind, "sequence_number": self.events - 1, **content})
+        return b"event: " + kind.encode() + b"\ndata: " + said + b"\n\n"
 
     def _part_event(self, name: str, **content: Any) -> bytes:
         return self._event(f"response.{name}", item_id=self.item_id, output_index=0, content_index=0, **content)
@@ -219,7 +274,7 @@ class ItemResponses(Responses):
         return {
             "id": self.id, "object": self.whole_name, "created_at": self.created, "model": self.model,
             "status": status, "error": None, "incomplete_details": details, "output": output, "usage": counts,
-            "parallel_tool_calls": False, "tool_choice": "none", "tools": [], "metadata": {}, **more,
+            "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], **self.echoed, "metadata": {}, **more,
         }  # fmt: skip
 
     def _choice(self, delta: Delta) -> dict[str, Any]:

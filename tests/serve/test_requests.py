@@ -58,7 +58,7 @@ FIELDS = {
     "top-logprobs-alone": (CHAT, {"messages": SAID, "top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
     "best-of": (TEXT, {"prompt": "a", "best_of": 3}, 400, "best_of", "not served"),
     "suffix": (TEXT, {"prompt": "a", "suffix": "b"}, 400, "suffix", "not served"),
-    "tools": (CHAT, {"messages": SAID, "tools": [{"type": "function"}]}, 400, "tools", "not served"),
+    "tools": (CHAT, {"messages": SAID, "tools": [{"type": "function"}]}, 400, "tools[0].function", "Field required"),
     "presence-penalty": (TEXT, {"prompt": "a", "presence_penalty": 1}, 400, "presence_penalty", "not served"),
     "frequency-penalty": (TEXT, {"prompt": "a", "frequency_penalty": 1}, 400, "frequency_penalty", "not served"),
     "format-unknown": (TEXT, {"prompt": "a", "response_format": {"type": "x"}}, 400, "response_format.type", "'text'"),

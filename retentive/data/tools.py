@@ -1,0 +1,158 @@
+"""Tool calls in the notation of a chat template, which is found by rendering examples.
+
+    notation = template.notation
+    notation.text([Call("weather", '{"city": "Rome"}')])      <tool_call>\\n{"name": "weather", "arguments": {…}}\\n…
+    notation.split(answer)                                    the text of an answer, and its calls
+
+Each family of models has a notation of its own, and its template is the only place that states it.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+TEXT, NAMES, KEY = "\ue003", ("example_one", "example_two"), "example_key"
+"""Content, function names and argument of the examples."""
+TOOL = {
+    "type": "function",
+    "function": {"name": "example_tool", "description": "", "parameters": {"type": "object", "properties": {}}},
+}
+
+Render = Callable[..., str]
+"""Renders messages: `(messages, ask=…, tools=…)`."""
+
+
+class Call(NamedTuple):
+    """Call of a function."""
+
+    name: str
+    arguments: str
+    """An object in JSON."""
+
+
+@dataclass(frozen=True)
+class Notation:
+    """Text around the names and arguments of the calls in an answer."""
+
+    gap: str
+    """White space between the answer's text and the first call."""
+    begin: str
+    """Text before the name of the first call."""
+    middle: str
+    """Text between a name and its arguments."""
+    between: str | None
+    """Text between the arguments of a call and the name of the next; None if an answer holds one call at most."""
+    end: str
+    """Text after the arguments of the last call."""
+
+    def text(self, calls: Sequence[Call]) -> str:
+        """Returns the text of one or more calls."""
+        return self.begin + (self.between or "").join(f"{c.name}{self.middle}{c.arguments}" for c in calls) + self.end
+
+    def certain(self, text: str) -> int:
+        """Returns how many first characters of a growing answer belong to no call, whatever follows."""
+        at = text.find(self.begin)
+        if at < 0:
+            longest = max((n for n in range(1, len(self.begin)) if text.endswith(self.begin[:n])), default=0)
+            at = len(text) - longest
+        return len(text[:at].rstrip())
+
+    def split(self, answer: str) -> tuple[str, list[Call]]:
+        """Returns the text of an answer, and its calls.
+
+        Raises:
+            ValueError: a call is cut off or not in this notation.
+        """
+        at, calls = answer.find(self.begin), list[Call]()
+        if at < 0:
+            return answer, calls
+        position = at + len(self.begin)
+        while True:
+            name_end = answer.find(self.middle, position)
+            if name_end < 0:
+                raise ValueError(f"tool call {len(calls) + 1} is cut off in its name")
+            start = name_end + len(self.middle)
+            try:
+                value, stop = json.JSONDecoder().raw_decode(answer, start)
+            except ValueError:
+                value, stop = None, start
+            if not isinstance(value, dict):
+                raise ValueError(f"the arguments of tool call {len(calls) + 1} are no JSON object, or are cut off")
+            calls.append(Call(answer[position:name_end], answer[start:stop]))
+            if self.between is not None and answer.startswith(self.between, stop):
+                position = stop + len(self.between)
+                continue
+            if answer[stop:].rstrip() != self.end.rstrip():
+                raise ValueError(f"tool call {len(calls)} does not end with {self.end.strip()!r}")
+            return answer[:at].rstrip(), calls
+
+
+def find_notation(render: Render, special: re.Pattern[str]) -> Notation:
+    """Returns the notation of a template.
+
+    Args:
+        render: renders messages by the template.
+        special: pattern of the special tokens' names.
+
+    Raises:
+        ValueError: the template shows no tools, or writes calls in a form that is not served.
+    """
+    question = [{"role": "user", "content": "."}]
+    if TOOL["function"]["name"] not in render(question, tools=[TOOL]):  # type: ignore[index]
+        raise ValueError("its chat template shows no tools")
+    gap, (begin, middle), after = _shown(render, question, NAMES[:1])
+    end = special.search(after)
+    if end is None:
+        raise ValueError("its chat template ends tool calls with no special token")
+    try:
+        _, (_, _, between, _), _ = _shown(render, question, NAMES)
+    except ValueError:  # the template refuses more than one call, or shows the first alone
+        between = None
+    if special.search(begin + middle + (between or "")):
+        raise ValueError("its chat template writes tool calls with special tokens, which is not served")
+    return Notation(gap, begin, middle, between, after[: end.start()])
+
+
+def _shown(render: Render, question: list[Any], names: Sequence[str]) -> tuple[str, list[str], str]:
+    """Returns (white space before the calls, texts before each name and each arguments, text after the last)."""
+    calls = [
+        {"id": f"example0{n}", "type": "function", "function": {"name": name, "arguments": {KEY: 1}}}
+        for n, name in enumerate(names)
+    ]
+    answer = {"role": "assistant", "content": TEXT, "tool_calls": calls}
+    shown = render([*question, answer], ask=False, tools=[TOOL])
+    if TEXT not in shown:  # a template that shows the calls of an answer, or its text, but not both
+        asked = render(question, tools=[TOOL])
+        shown = render([*question, {**answer, "content": ""}], ask=False, tools=[TOOL])
+        if not shown.startswith(asked):
+            raise ValueError("its chat template asks for an answer otherwise than it shows a tool call")
+        shown = TEXT + shown[len(asked) :]
+    rest, parts = shown.split(TEXT)[-1], list[str]()
+    for name in names:
+        at = rest.find(name)
+        start = rest.rfind("{", 0, max(rest.find(f'"{KEY}"', at), 0))
+        try:
+            value, stop = json.JSONDecoder().raw_decode(rest, start)
+        except (ValueError, IndexError):
+            value, stop = None, 0
+        if at < 0 or start < at or value != {KEY: 1}:
+            raise ValueError("its chat template shows no name and JSON arguments of a tool call")
+        parts += [rest[:at], rest[at + len(name) : start]]
+        rest = rest[stop:]
+    begin = parts[0].lstrip()
+    if not begin or not parts[1]:
+        raise ValueError("its chat template marks no beginning of a tool call")
+    return parts[0][: len(parts[0]) - len(begin)], [begin, *parts[1:]], rest
+
+
+def check_arguments(text: str) -> dict[str, Any]:
+    """Returns the arguments of a call as an object; raises ValueError if the text is no JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"the arguments are not JSON ({error})") from None
+    if not isinstance(value, Mapping):
+        raise ValueError("the arguments must be a JSON object")
+    return dict(value)
