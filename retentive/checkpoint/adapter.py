@@ -10,11 +10,13 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from retentive.layers.lora import Adapter, LoRA, LoRAEmbedding, LoRALinear
+from retentive.layers.quantized import QuantizedEmbedding, QuantizedLinear, shape
 
 Model = TypeVar("Model", bound=nn.Module)
+LINEAR, EMBEDDING = (nn.Linear, QuantizedLinear), (nn.Embedding, QuantizedEmbedding)
 
 
-def matrices(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
+def matrices(model: nn.Module) -> dict[str, nn.Module]:
     """Returns the layers that can be changed, by name: linear layers and the embedding.
 
     An output matrix tied to the embedding changes with it, and has no name of its own.
@@ -23,8 +25,7 @@ def matrices(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
     return {
         name: m
         for name, m in model.named_modules()
-        if (isinstance(m, nn.Linear) and not (tied and name == "head"))
-        or (isinstance(m, nn.Embedding) and name == "embed")
+        if (isinstance(m, LINEAR) and not (tied and name == "head")) or (isinstance(m, EMBEDDING) and name == "embed")
     }
 
 
@@ -32,7 +33,7 @@ def embedding_is_head(model: nn.Module) -> bool:
     """True if the output matrix of one of our models is its embedding."""
     layers = dict(model.named_children())
     embed, head = layers.get("embed"), layers.get("head")
-    return isinstance(embed, nn.Embedding) and isinstance(head, nn.Linear) and head.weight is embed.weight
+    return isinstance(embed, EMBEDDING) and isinstance(head, LINEAR) and head.weight is embed.weight
 
 
 def targets_of(model: nn.Module, names: str, rank: int) -> tuple[str, ...]:
@@ -42,7 +43,7 @@ def targets_of(model: nn.Module, names: str, rank: int) -> tuple[str, ...]:
         ValueError: a layer does not exist, or is not larger.
     """
     layers = matrices(model)
-    large = {name.rpartition(".")[2] for name, layer in layers.items() if min(layer.weight.shape) > rank}
+    large = {name.rpartition(".")[2] for name, layer in layers.items() if min(shape(layer)) > rank}
     chosen = sorted(large) if names == "all" else [name.strip() for name in names.split(",")]
     known = sorted({name.rpartition(".")[2] for name in layers})
     if not set(chosen) <= set(known):
@@ -59,9 +60,9 @@ def with_adapter(model: Model, adapter: Adapter) -> Model:
     for name, layer in matrices(model).items():
         parent, _, own = name.rpartition(".")
         if own in adapter.targets:
-            made = LoRALinear(layer, adapter) if isinstance(layer, nn.Linear) else LoRAEmbedding(layer, adapter)
+            made = LoRALinear(layer, adapter) if isinstance(layer, LINEAR) else LoRAEmbedding(layer, adapter)
             setattr(model.get_submodule(parent), own, made)
-            if own == "embed" and tied and isinstance(head, nn.Linear):  # one matrix with two names has one change
+            if own == "embed" and tied and isinstance(head, LINEAR):  # one matrix with two names has one change
                 of_head = LoRALinear(head, adapter)
                 of_head.lora_a, of_head.lora_b = made.lora_a, made.lora_b
                 model.register_module("head", of_head)

@@ -24,7 +24,7 @@ from retentive.checkpoint import fla, hf, lightning, llama, rwkv, syncdoth, torc
 from retentive.checkpoint.adapter import merged
 from retentive.checkpoint.find import REMOTE, find
 from retentive.checkpoint.gguf import BLOCK, Gguf
-from retentive.checkpoint.quantize import BITS, Quantization, as_quantized, quantize
+from retentive.checkpoint.quantize import BITS, Quantization, as_quantized, float_tensors, quantize
 from retentive.checkpoint.weights import Unfilled, fill, read_tensors, weights_sha256
 from retentive.data.templates import BUILT_IN, ChatTemplate, load_template, template_of
 from retentive.data.tokenizer import Tokenizer, check_tokens, load_tokenizer
@@ -206,7 +206,7 @@ class ModelFolder:
 
         Args:
             dtype: dtype of the weights, torch's or its name; by default as stored, and for a GGUF file bfloat16
-                (float32 if all its matrices are F32).
+                (float32 if all its matrices are F32), and for a quantised model with an adapter bfloat16.
             weights: "int8" or "int4" quantises while loading, each group of weights separately.
             adapter: folder of an adapter of this model to merge.
 
@@ -241,7 +241,11 @@ class ModelFolder:
             own: Any = self.config  # other layouts hold models of ours only
             tensors = FOREIGN[self.layout].read_tensors(tensors, own, self.raw)
         if adapter is not None:
-            tensors = merged(tensors, adapter.tensors(), self._accepted(adapter))
+            accepted = self._accepted(adapter)
+            if how:  # integers hold no change: it goes into floats, which are rounded once, after it
+                tensors = float_tensors(self._model(torch.device("cpu"), torch.float32, None))
+                how, dtype = None, dtype or torch.bfloat16
+            tensors = merged(tensors, adapter.tensors(), accepted)
         # A peer also has buffers, which no file holds, so it must be real.
         with torch.device("cpu") if self.config.library else Unfilled():
             model = build(self.config)
@@ -256,10 +260,6 @@ class ModelFolder:
         """Returns the adapter in another folder; raises ValueError if it has none, or one of another model."""
         if change.adapter is None:
             raise ValueError(f"{change.name} is a model, not an adapter: load it by itself")
-        if self.quantization:
-            raise ValueError(
-                f"{self.name} is quantised, and takes no adapter: merge it first (`retentive convert`), then quantise"
-            )
         if self.sha256 != change.adapter.base_sha256:
             raise ValueError(
                 f"{change.name}: this adapter was trained on {change.adapter.base} as it was then, not on {self.name}; "

@@ -106,6 +106,19 @@ def as_quantized(
     return model
 
 
+def float_tensors(model: LanguageModel) -> dict[str, Tensor]:
+    """Returns all parameters by name, with floats in place of integer matrices."""
+    found = dict[str, Tensor]()
+    for name, x in model.named_parameters():
+        owner, _, own = name.rpartition(".")
+        layer = model.get_submodule(owner)
+        if not isinstance(layer, Quantized):
+            found[name] = x.detach()
+        elif own in ("weight", "bias"):  # the rest is the scale and the minimum
+            found[name] = layer.floats() if own == "weight" else x.detach()
+    return found
+
+
 def tie(model: Any) -> None:
     """Gives the quantised output matrix the embedding's integers."""
     model.head.weight, model.head.scale, model.head.minimum = (

@@ -81,10 +81,10 @@ def _described(model: LanguageModel) -> dict[str, Any]:
     raw: dict[str, Any] = {"format": FORMAT, "config": model.config.written()}
     if model.config.library:
         raw["kind"] = "peer"
-    if how := quantization_of(model):
-        raw["quantization"] = asdict(how)
-    if adapter := adapter_of(model):
+    if adapter := adapter_of(model):  # its tensors alone are in the folder, even if the model's are integers
         raw["adapter"] = asdict(adapter)
+    elif how := quantization_of(model):
+        raw["quantization"] = asdict(how)
     if encoders := configs_of(model):
         raw["encoders"] = encoders
     return raw

@@ -18,12 +18,11 @@ from torch import Tensor
 from transformers.utils import logging
 
 from retentive.checkpoint import ModelFolder, hf
-from retentive.checkpoint.quantize import quantization_of
+from retentive.checkpoint.quantize import float_tensors, quantization_of
 from retentive.data.templates import TEMPLATE
 from retentive.data.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, Tokenizer, byte_letters
 from retentive.files import naming, only_writer, replace_folder, save_tensors, write_json, write_text
 from retentive.hf.modeling_retentive import RetentiveForCausalLM
-from retentive.layers.quantized import Quantized
 from retentive.models import LanguageModel, cost
 from retentive.tables import counted, millions
 
@@ -130,25 +129,13 @@ def special_tokens(folder: ModelFolder, words: Tokenizer) -> Special:
 
 def write_model(path: Path, model: LanguageModel, how: Special) -> dict[str, Any]:
     """Writes the weights and the config of `generate`; returns the fields of config.json."""
-    tensors = hf.write_tensors(float_tensors(model), model.config)
+    floats = {name: x.cpu().contiguous() for name, x in float_tensors(model).items()}
+    tensors = hf.write_tensors(floats, model.config)
     save_tensors(path / "model.safetensors", tensors, {"format": "pt"})
     ids = {"bos_token_id": how.eos_id, "eos_token_id": how.eos_id, "pad_token_id": how.pad_id}
     write_json(path / "generation_config.json", {**ids, "eos_token_id": list(how.stops)})
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     return {**hf.write_config(model.config), "dtype": dtype, **ids}
-
-
-def float_tensors(model: LanguageModel) -> dict[str, Tensor]:
-    """Returns all parameters by name, with floats in place of integer matrices."""
-    found = {}
-    for name, x in model.named_parameters():
-        owner, _, own = name.rpartition(".")
-        layer = model.get_submodule(owner)
-        if not isinstance(layer, Quantized):
-            found[name] = x.detach()
-        elif own in ("weight", "bias"):  # the rest is the scale and the minimum
-            found[name] = layer.floats() if own == "weight" else x.detach()
-    return {name: x.cpu().contiguous() for name, x in found.items()}
 
 
 def write_words(path: Path, words: Tokenizer, template: str | None, how: Special) -> None:

@@ -1,13 +1,16 @@
-"""LoRA: a trained low-rank change of a frozen matrix (arXiv 2106.09685).
+"""LoRA: a trained low-rank change of a frozen matrix (arXiv 2106.09685), also of a quantised one (arXiv 2305.14314).
 
 W + (alpha / rank) B A        [out, in]: A [rank, in] random, B [out, rank] zero, so it starts without any change
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from retentive.layers.quantized import Quantized, matrix, shape
 
 
 @dataclass(frozen=True)
@@ -41,34 +44,35 @@ class Adapter:
 class LoRA(nn.Module):
     """Low-rank change of a layer's matrix. `weight` is the changed matrix, which a tied layer may use as well."""
 
-    def __init__(self, layer: nn.Linear | nn.Embedding, adapter: Adapter):
+    def __init__(self, layer: nn.Module, adapter: Adapter):
+        """
+        Args:
+            layer: linear layer or embedding, quantised or not.
+        """
         super().__init__()
-        self.adapter, self.base = adapter, layer.weight
-        rows, columns = layer.weight.shape
-        self.lora_a = nn.Parameter(layer.weight.new_empty(adapter.rank, columns))
-        self.lora_b = nn.Parameter(layer.weight.new_zeros(rows, adapter.rank))
+        self.adapter, self.layer = adapter, layer
+        rows, columns = shape(layer)
+        like: Any = layer.scale.to(layer.dtype) if isinstance(layer, Quantized) else layer.weight
+        self.lora_a = nn.Parameter(like.new_empty(adapter.rank, columns))
+        self.lora_b = nn.Parameter(like.new_zeros(rows, adapter.rank))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # the default of a linear layer
 
     @property
     def weight(self) -> Tensor:
         """The changed matrix."""
-        return self.base + self.lora_b @ self.lora_a * self.adapter.scale
+        return matrix(self.layer) + self.lora_b @ self.lora_a * self.adapter.scale
 
 
 class LoRALinear(LoRA):
     """A linear layer with a low-rank change, computed without forming the changed matrix."""
 
-    def __init__(self, layer: nn.Linear, adapter: Adapter):
-        super().__init__(layer, adapter)
-        self.bias = layer.bias
-
     def forward(self, x: Tensor) -> Tensor:
         change = F.linear(F.linear(x, self.lora_a), self.lora_b)
-        return F.linear(x, self.base, self.bias) + change * self.adapter.scale
+        return self.layer(x) + change * self.adapter.scale
 
 
 class LoRAEmbedding(LoRA):
     """An embedding with a low-rank change."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.base) + F.embedding(ids, self.lora_b) @ self.lora_a * self.adapter.scale
+        return self.layer(ids) + F.embedding(ids, self.lora_b) @ self.lora_a * self.adapter.scale

@@ -4,12 +4,12 @@
     w[n, k] = scale[n, k / group] * (q[n, k] + 8) + minimum[n, k / group]             4 bits of a matrix with minimums
 
 The second form is that of Q4_1 in GGUF files. Both kinds of matrices can be in one model.
-They cannot be trained. This module converts them to floats at every use, on any device; `retentive.native` multiplies
-the integers themselves.
+They cannot be trained, but gradients pass through their products, to an adapter. This module converts them to floats
+at every use, on any device; `retentive.native` multiplies the integers themselves.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +109,24 @@ class QuantizedLinear(Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if torch.is_grad_enabled() and x.requires_grad:
+            y = _Product.apply(x, self)
+            return y if bias is None else y + bias.to(y.dtype)
         return F.linear(x, self.floats().to(x.dtype), bias)
+
+
+class _Product(torch.autograd.Function):
+    """Product with a quantised matrix that keeps no floats for the backward pass, but converts the integers again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Quantized) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return F.linear(x, layer.floats().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        [grad] = grads
+        return (grad @ ctx.layer.floats().to(grad.dtype)).to(ctx.dtype), None
 
 
 class QuantizedEmbedding(Quantized):
@@ -117,3 +134,15 @@ class QuantizedEmbedding(Quantized):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.floats(ids)
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """Returns the matrix `[out, in]` of a linear layer or an embedding, quantised or not, as floats."""
+    found: Any = layer
+    return found.floats() if isinstance(layer, Quantized) else found.weight
+
+
+def shape(layer: nn.Module) -> tuple[int, int]:
+    """Returns (rows, columns) of the matrix of a linear layer or an embedding, quantised or not."""
+    found: Any = layer
+    return (found.rows, found.columns) if isinstance(layer, Quantized) else tuple(found.weight.shape)

@@ -101,13 +101,13 @@ class LanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of ids and embeddings."""
-        return self.embed.weight.device
+        return next(self.embed.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of embeddings and hidden states outside autocast."""
         embed: nn.Module = self.embed
-        return embed.dtype if isinstance(embed, Quantized) else self.embed.weight.dtype
+        return embed.dtype if isinstance(embed, Quantized) else next(embed.parameters()).dtype
 
     def init_state(self, batch: int) -> State:
         """Returns the state before the first token, for `batch` sequences, with the shapes of the current layers."""

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from retentive.layers.quantized import matrix
 from retentive.models import LanguageModel
 from retentive.models.model import Block
 from retentive.ops.distillation import kl_divergence
@@ -37,7 +38,7 @@ def distillation(teacher: LanguageModel, learns: Learns) -> Objective:
         with torch.no_grad():
             y, _ = teacher.hidden(batch.ids, cu_seqlens=batch.cu_seqlens)
         x, _ = model.hidden(batch.ids, cu_seqlens=batch.cu_seqlens)
-        return kl_divergence(x, model.head.weight, y, teacher.head.weight), batch.ids.numel(), None
+        return kl_divergence(x, matrix(model.head), y, matrix(teacher.head)), batch.ids.numel(), None
 
     def mixers(model: Any, batch: Any, state: Any) -> tuple[Tensor, int, Any]:
         """Summed relative error of the tokens, the mean over the layers, and the number of tokens."""

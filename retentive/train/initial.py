@@ -11,6 +11,7 @@ from retentive import machine
 from retentive.checkpoint import ModelFolder
 from retentive.checkpoint.adapter import targets_of
 from retentive.checkpoint.find import REMOTE
+from retentive.checkpoint.quantize import as_quantized
 from retentive.data.mixture import Mixture
 from retentive.data.packed import Packed
 from retentive.layers.lora import Adapter
@@ -57,8 +58,10 @@ def encoders_for(data: Packed | Mixture, base: ModelFolder | None, changes: Mapp
     return made
 
 
-def load_initial(model: LanguageModel, base: ModelFolder, data: Packed | Mixture, *, lora: bool) -> None:
-    """Load the weights of the model folder `base`; encoders that it lacks keep their random initial weights.
+def load_initial(model: LanguageModel, base: ModelFolder, data: Packed | Mixture, *, lora: bool) -> LanguageModel:
+    """Load the weights of the model folder `base` into `model`; return it, quantised if `base` is.
+
+    Encoders that `base` lacks keep their random initial weights.
 
     Raises:
         ValueError: the weights do not fit the data, or training an adapter alone (`lora`).
@@ -71,15 +74,28 @@ def load_initial(model: LanguageModel, base: ModelFolder, data: Packed | Mixture
             f"{base.name} has no encoder of {', '.join(sorted(new))}, and `lora` would leave a new one as it was "
             "drawn: train the whole model on such data first"
         )
-    model.load_state_dict(given.state_dict(), strict=not new)
+    return _filled(model, given, base, strict=not new)
 
 
-def load_base(model: LanguageModel, base: ModelFolder, run: Path) -> None:
-    """Load the base weights of a run's adapter; raises ValueError if the weights in `base` are different ones."""
+def load_base(model: LanguageModel, base: ModelFolder, run: Path) -> LanguageModel:
+    """Load the base weights of a run's adapter into `model`; return it, quantised if `base` is.
+
+    Raises:
+        ValueError: the weights in `base` are different ones.
+    """
     before = ModelFolder.open(run).adapter
     if before is None or before.base_sha256 != base.sha256:
         raise ValueError(f"{base.name} is not the model, or no longer, that the run at {run} changes")
-    model.load_state_dict(base.model(dtype=torch.float32).state_dict())
+    return _filled(model, base.model(dtype=torch.float32), base, strict=True)
+
+
+def _filled(model: LanguageModel, given: LanguageModel, base: ModelFolder, *, strict: bool) -> LanguageModel:
+    """Fill `model` with the weights of the loaded model `given`; return it, with integers if `given` has some."""
+    weights = given.state_dict()
+    if how := base.quantization:
+        model = as_quantized(model, how, torch.float32, minimums=weights.keys())
+    model.load_state_dict(weights, strict=strict)
+    return model
 
 
 def adapter_for(model: LanguageModel, base: ModelFolder, rank: int, alpha: float, targets: str) -> Adapter:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from retentive.layers.quantized import matrix
 from retentive.models.carry import states_in, states_out
 from retentive.models.encoders import embedded
 from retentive.ops.cross_entropy import IGNORE, cross_entropy
@@ -33,6 +34,6 @@ def language_modelling(model: Any, batch: Any, state: Any) -> tuple[Tensor, int,
         before = states_in(model, state, carry.first, carry.continues, len(batch.cu_seqlens) - 1)
     embeds = embedded(model, batch.ids, batch.rows)
     x, after = model.hidden(batch.ids, before, embeds=embeds, cu_seqlens=batch.cu_seqlens)
-    total = cross_entropy(x, model.head.weight, batch.targets)
+    total = cross_entropy(x, matrix(model.head), batch.targets)
     count = int((batch.targets != IGNORE).sum())
     return total, count, None if carry is None else states_out(after, carry.last)

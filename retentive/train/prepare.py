@@ -9,6 +9,7 @@ from functools import partial
 
 from torch.utils.checkpoint import checkpoint
 
+from retentive.checkpoint.adapter import adapter_of
 from retentive.checkpoint.quantize import quantization_of
 from retentive.machine import pick_device
 from retentive.models import LanguageModel
@@ -30,8 +31,11 @@ def prepare(
     device = cluster.device or pick_device(config.device)
     with cluster.barrier():
         check_options(config, cluster)
-        if quantization_of(model):
-            raise ValueError("the model is quantised, and integers cannot be trained: take what it was quantised from")
+        if quantization_of(model) and not adapter_of(model):
+            raise ValueError(
+                "the model is quantised, and integers cannot be trained: train an adapter (`lora`), or the model that "
+                "it was quantised from"
+            )
         model = parallelize(model, device, cluster).train()
         wrap_blocks(model, config)
     config = replace(config, precision=agreed_precision(config.precision, device, cluster))

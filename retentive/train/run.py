@@ -92,7 +92,8 @@ class TrainRun:
     """Model folder to start from, a run or a converted model: gives the weights and the architecture instead of a
     size."""
     lora: int = 0
-    """Rank of a LoRA adapter of the initial model; only the adapter is trained and saved. 0 trains all weights."""
+    """Rank of a LoRA adapter of the initial model; only the adapter is trained and saved. 0 trains all weights, which a
+    quantised model does not allow."""
     lora_alpha: float = 16.0
     """LoRA alpha: the adapter is scaled by alpha / rank."""
     lora_targets: str = "all"
@@ -245,9 +246,10 @@ class TrainRun:
                 raise ValueError(
                     f"{self.init} is an adapter itself: merge it first (retentive convert {self.init} OUT)"
                 )
-            if self.base.quantization:
+            if self.base.quantization and not self.lora:
                 raise ValueError(
-                    f"{self.init} is quantised and cannot be trained: name the model that it was quantised from"
+                    f"{self.init} is quantised: train an adapter on it (`lora`), or the model that it was quantised "
+                    "from"
                 )
 
     @cached_property
@@ -429,9 +431,9 @@ class TrainRun:
         if encoders:
             with_encoders(model, encoders)
         if self.init and not begun:
-            load_initial(model, self.base, data, lora=bool(self.lora))
+            model = load_initial(model, self.base, data, lora=bool(self.lora))
         elif self.lora:  # the checkpoint holds the adapter only
-            load_base(model, self.base, self.out)
+            model = load_base(model, self.base, self.out)
         if self.lora:
             model = with_adapter(model, adapter_for(model, self.base, self.lora, self.lora_alpha, self.lora_targets))
         if only := self.only or (tuple(set(config.kinds)) if self.learns == "mixers" else ()):

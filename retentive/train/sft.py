@@ -44,7 +44,7 @@ class SftRun(TrainRun):
     completion). They are packed into a folder beside the run (OUT-data-…). Or a folder packed by `retentive data
     --chats`."""
     init: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = tyro.MISSING
-    """Initial model, not quantised: run directory, model folder, or hf:owner/name on the hub."""
+    """Initial model: run directory, model folder, or hf:owner/name on the hub. A quantised one needs --lora."""
     mode: Mode | Literal["auto"] = "auto"
     """carry: each row continues the one before, with its state, so conversations may be of any length. whole: rows of
     whole conversations. auto: whole for models with attention and for data with pictures or sound, else carry."""

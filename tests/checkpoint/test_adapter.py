@@ -7,7 +7,7 @@ import torch
 
 from retentive.checkpoint import load, save_model
 from retentive.checkpoint.adapter import adapter_of, merged, targets_of, with_adapter
-from retentive.checkpoint.quantize import quantize
+from retentive.checkpoint.quantize import float_tensors, quantization_of, quantize
 from retentive.checkpoint.weights import weights_sha256
 from retentive.data.loader import Batch
 from retentive.data.tokenizer import ByteTokenizer
@@ -84,7 +84,7 @@ def test_gradients_are_those_of_the_merged_weights(name, same):
     batch = Batch(IDS[:, :-1], IDS[:, 1:], None, None)
     language_modelling(made, batch, None)[0].backward()
     named = {of: p.detach() for of, p in made.named_parameters()}
-    weights = {of.replace(".base", ".weight"): p for of, p in named.items() if "lora" not in of}
+    weights = {of.replace(".layer.", "."): p for of, p in named.items() if "lora" not in of}
     changes = {of: p for of, p in named.items() if "lora" in of}
     plain = build(CONFIGS[name]).double()
     plain.load_state_dict(merged(weights, changes, adapter), strict=False)  # a tied head has no name of its own
@@ -101,6 +101,56 @@ def test_gradients_are_those_of_the_merged_weights(name, same):
     assert all(p.grad is None for p in made.parameters() if not p.requires_grad)
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_adapter_of_a_quantised_model(name, bits, asymmetric, tmp_path, same):
+    """QLoRA: gradients and logits are those of the same adapter on the floats that the integers stand for."""
+    if asymmetric and bits == 8:
+        return  # minimums are of 4 bits
+    folder = tmp_path / "base"
+    save_model(folder, quantize(build(CONFIGS[name]), bits, asymmetric=asymmetric))
+    base = load(folder, dtype="float32")[0]
+    floats = build(CONFIGS[name])
+    floats.load_state_dict(float_tensors(base), strict=False)  # a tied head has no name of its own
+    made, plain = (changed(folder, model.train()) for model in (base, floats))
+    assert adapter_of(made) == adapter_of(plain) and quantization_of(made)
+    plain.load_state_dict({of: p for of, p in made.state_dict().items() if "lora" in of}, strict=False)
+    batch = Batch(IDS[:, :-1], IDS[:, 1:], None, None)
+    for model in (made, plain):
+        language_modelling(model, batch, None)[0].backward()
+    grads = [{of: p.grad for of, p in model.named_parameters() if "lora" in of} for model in (made, plain)]
+    for of, grad in grads[1].items():
+        same(grads[0][of], grad, 1e-5)
+    assert all(p.grad is None for p in made.parameters() if not p.requires_grad)
+    save_model(tmp_path / "change", made, ByteTokenizer())
+    with torch.no_grad():
+        want = made.eval()(IDS)[0]
+        for found, _ in (
+            load(tmp_path / "change", dtype="float32"),
+            load(folder, dtype="float32", adapter=tmp_path / "change"),
+        ):
+            same(found(IDS)[0], want, 1e-5)
+            assert not quantization_of(found)
+        assert load(tmp_path / "change")[0].dtype == torch.bfloat16
+        assert quantization_of(load(tmp_path / "change", weights="int4")[0]).bits == 4
+
+
+def test_products_of_integers_keep_no_floats(same):
+    """The backward pass converts the integers again, in bfloat16 as well."""
+    layer = quantize(build(CONFIGS["retnet"]), 8).blocks[0].retention.q_proj
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(3, 32, dtype=dtype, requires_grad=True)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.shape) or t, lambda t: t):
+            y = layer(x)
+        assert (32, 32) not in kept
+        y.square().sum().backward()
+        want = (2 * y.detach() @ layer.floats().to(dtype)).float()
+        assert x.grad.dtype == dtype
+        same(x.grad.float(), want, 1e-6)
+
+
 def test_what_does_not_belong_together(tmp_path, refuses):
     folder = tmp_path / "base"
     save_model(folder, build(CONFIGS["retnet"]))
@@ -111,7 +161,7 @@ def test_what_does_not_belong_together(tmp_path, refuses):
     with refuses(f"{folder} is a model, not an adapter"):
         load(folder, adapter=folder)
     save_model(tmp_path / "small", quantize(build(CONFIGS["retnet"]), 8))
-    with refuses("is quantised, and takes no adapter"):
+    with refuses(f"as it was then, not on {tmp_path / 'small'}; pass that model"):
         load(tmp_path / "small", adapter=tmp_path / "change")
     shutil.move(folder, tmp_path / "moved")
     with refuses("is an adapter of the model at", FileNotFoundError):

@@ -388,7 +388,7 @@ def test_a_quantization_of_no_whole_numbers(how, refused):
 def test_a_quantised_model_is_not_trained_on(refused):
     save_model("small", quantize(build(retnet(vocab_size=257, dim=16, layers=1, heads=2)), 8), ByteTokenizer())
     argv = ["train", "--data", "data", "--out", "new", "--init", "small", "--steps", "2", "--length", "16"]
-    refused(argv, "small is quantised and cannot be trained: name the model that it was quantised from")
+    refused(argv, "small is quantised: train an adapter on it (--lora), or the model that it was quantised from")
 
 
 def test_without_memory(refused, monkeypatch):
@@ -430,7 +430,7 @@ SFT_OPTIONS = {
     "texts": (["run", "--data", "data", "--out", "new"], "data holds texts, in which nothing is an answer"),
     "taken": (["run", "--data", "chats.jsonl", "--out", "taken"], "taken already holds a run: --resume goes on"),
     "itself": (["run", "--data", "chats.jsonl", "--out", "run"], "--out run is the model that the run begins with"),
-    "quantised": (["small", "--data", "nowhere", "--out", "new"], "small is quantised and cannot be trained"),
+    "quantised": (["small", "--data", "nowhere", "--out", "new"], "small is quantised: train an adapter on it (--lora)"),
     "template": (
         ["run", "--data", "chats.jsonl", "--out", "new", "--template", "corpus/0.txt"],
         "corpus/0.txt: the chat template does not show each answer once: it cannot be taught",
