@@ -55,7 +55,11 @@ class Visit:
         self["input"].fill(text)
         self.page.keyboard.press("Enter")
         expect(self["log"]).to_have_attribute("aria-busy", "false")
-        return self.page.locator(".model").last.text_content()
+        return self.answers()[-1]
+
+    def answers(self) -> list[str]:
+        """Returns all answers as the model wrote them, which the page shows as Markdown."""
+        return self.page.locator(".model").evaluate_all("blocks => blocks.map((block) => block.source)")
 
     def read(self) -> int:
         return int(self["read"].text_content().replace(",", ""))

@@ -123,6 +123,29 @@ def cache_bytes(config: ModelConfig, context: int, *, sequences: int = 1, bytes_
     return sequences * total
 
 
+def attention_cache_bytes(config: ModelConfig) -> int | None:
+    """Returns the bytes per token of the KV cache, in 16 bits, that a Transformer in this model's place would have.
+
+    The Transformer has the model's layers and width. Its keys and values are as wide as the model's own if those are
+    narrower (shared by groups of heads). A layer ends with its feed-forward: mixers before it count as one. None for a
+    model without retention, which is a Transformer itself.
+    """
+    if not config.retains:
+        return None
+    total, widths = 0, [2 * config.dim]
+    for block in config.blocks:
+        m = block.mixer
+        if isinstance(m, RetentionConfig):
+            widths.append((m.key_dim + m.value_dim) * m.kv_heads // m.heads)
+        else:
+            widths.append(2 * m.head_dim * m.kv_heads)
+        if block.ffn:
+            total, widths = total + min(widths), [2 * config.dim]
+    if len(widths) > 1:  # mixers behind the last feed-forward
+        total += min(widths)
+    return 2 * total
+
+
 def memory_bytes(config: ModelConfig, context: int, *, sequences: int = 1, bytes_per_value: int = 4) -> int:
     """Returns the bytes of a model's memory of `context` tokens: states of constant size, caches, or both."""
     cache = cache_bytes(config, context, sequences=sequences, bytes_per_value=bytes_per_value)

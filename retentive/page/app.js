@@ -2,19 +2,28 @@
 // the browser itself. The server keeps each conversation's state under a session name, so a request holds only what
 // the state has not read yet. The number of tokens read grows, the state's bytes do not.
 
+import { drop, keep, place, recall } from "./kept.js";
+import { render } from "./markdown.js";
 import * as media from "./media.js";
 import { answer, ready } from "./server.js";
 
 const $ = (id) => document.getElementById(id);
 const count = new Intl.NumberFormat("en");
+const date = new Intl.DateTimeFormat("en-GB", { dateStyle: "medium", timeStyle: "short" });
 const HINTS = {
   chat: "Ask something. The model keeps the conversation in a state of constant size.",
   write: "Start a text. The model continues it, and so can you.",
 };
 
+const LOST = "The server no longer has this conversation's state. You can still read the text above, but the model has forgotten it: a new conversation starts here.";
+
+let model = null; // name of the model, when it is known
+let started; // time at which the server started, which has lost the sessions from before
+let cacheBytes; // bytes of a token in the KV cache of a Transformer of this size
 let session; // name of this conversation on the server
 let unread; // [{role, content}] that the state has not read: the message being sent, and stopped answers
-let read; // tokens in the state
+let read; // tokens in the state, without those of an answer under way
+let held; // bytes of the state
 let running = null; // AbortController while the model answers
 let sending = false; // true while a message waits for its pictures
 
@@ -87,24 +96,25 @@ async function send() {
   const enough = text.trim() || !media.empty() || (mode() === "write" && read); // a started text needs no input
   if (!enough || !$("sampling").reportValidity()) return;
   say("");
-  const before = unread, had = read, items = media.take();
+  const items = media.take();
   const content = items.length ? [...items.map(({ part }) => part), { type: "text", text }] : text;
   unread = [...unread, { role: "user", content }];
   const mine = show("you", text);
   mine.prepend(...items.map(({ shown }) => shown));
+  mine.source = items.map(({ part }) => (part.type === "image_url" ? "[picture] " : "[sound] ")).join("") + text;
   const answer = show("model", "");
   $("input").value = "";
   busy(new AbortController());
   answer.classList.add("running");
   try {
-    await listen(answer, performance.now());
+    await listen(mine, answer);
     unread = [];
   } catch (error) {
-    remembered(had); // the state has not changed
-    if (answer.textContent) {
-      unread.push({ role: "assistant", content: answer.textContent }); // read with the next message
+    counted(read); // the state has not changed
+    if (answer.source) {
+      unread.push({ role: "assistant", content: answer.source }); // read with the next message
     } else { // no answer: restore everything as before sending
-      unread = before;
+      unread.pop();
       mine.remove();
       answer.remove();
       media.restore(items);
@@ -112,16 +122,32 @@ async function send() {
     }
     if (error.name !== "AbortError") say(error.message);
   }
+  draw(answer);
   answer.classList.remove("running");
   busy(null);
+  store();
   $("input").focus();
 }
 
-async function listen(answer, began) {
-  const [path, body] = question();
-  const response = await call(path, { method: "POST", body, signal: running.signal });
-  const already = read;
-  let pieces = 0, forgotten = false, first, last, finished;
+// Asks the question; a server that has evicted the session is asked again, in a new one.
+async function ask(mine) {
+  const asked = () => {
+    const [path, body] = question();
+    return call(path, { method: "POST", body, signal: running.signal });
+  };
+  try {
+    return await asked();
+  } catch (error) {
+    if (error.code !== "session_gone") throw error;
+    unread = unread.slice(-1);
+    lose(mine);
+    return asked();
+  }
+}
+
+async function listen(mine, answer) {
+  const began = performance.now(), response = await ask(mine), already = read;
+  let pieces = 0, first, last, finished, end;
   for await (const event of events(response)) {
     if (event.error) throw new Error(event.error.message);
     const choice = event.choices?.[0];
@@ -132,19 +158,21 @@ async function listen(answer, began) {
       first ??= last;
       pieces += 1; // roughly one token; the server reports the exact number at the end
       append(answer, piece);
-      remembered(already + pieces);
+      counted(already + pieces);
       speed(first - began, pieces, last - first);
     }
     if (event.usage && first) speed(first - began, event.usage.completion_tokens, last - first);
     if (event.session) {
-      const { prompt_tokens, completion_tokens } = event.usage;
-      // tokens of a stop string were generated but dropped; if more are missing, the session is a new one
-      forgotten = event.session.tokens + 64 < already + prompt_tokens + completion_tokens;
-      remembered(event.session.tokens, event.session.bytes);
+      end = event;
+      counted(end.session.tokens);
     }
   }
   if (!finished) throw new Error("The connection broke in the middle of the answer.");
-  if (forgotten) say("The server had lost this conversation's state, and started again with your last message.");
+  if (!end) return;
+  const { usage: { prompt_tokens, completion_tokens }, session: { tokens, bytes } } = end;
+  // a session that holds this turn alone is a new one; one that holds no more than before will read the turn later
+  if (already && tokens !== already && tokens <= prompt_tokens + completion_tokens) forget(mine);
+  remembered(tokens, bytes);
 }
 
 // Display
@@ -156,19 +184,30 @@ function say(message) {
 }
 
 function show(kind, text) {
-  const block = document.createElement(kind === "model" ? "div" : "p");
+  const block = document.createElement(kind.startsWith("model") ? "div" : "p");
   block.className = kind;
-  block.textContent = text;
+  block.source = text; // as the model wrote it
+  draw(block);
   $("log").append(block);
   $("mode").disabled = true; // a conversation has one mode
   $("log").scrollTop = $("log").scrollHeight;
   return block;
 }
 
+let drawing = 0; // number of the animation frame that shows what has arrived
+
 function append(block, piece) {
+  block.source += piece;
+  drawing ||= requestAnimationFrame(() => draw(block));
+}
+
+function draw(block) {
   const log = $("log");
   const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40; // do not scroll while the user reads above
-  block.append(piece);
+  cancelAnimationFrame(drawing);
+  drawing = 0;
+  if (block.className.startsWith("model") && mode() === "chat") render(block, block.source);
+  else block.append(block.source.slice(block.textContent.length));
   if (atEnd) log.scrollTop = log.scrollHeight;
 }
 
@@ -185,10 +224,19 @@ function bytes(n) {
   return `${(n / 1000 ** power).toPrecision(3)} ${["B", "kB", "MB", "GB"][power]}`;
 }
 
-function remembered(tokens, size) {
+function remembered(tokens, size = held) {
+  [read, held] = [tokens, size];
+  $("bytes").textContent = held === undefined ? "–" : bytes(held);
+  counted(tokens);
+}
+
+// Shows a number of tokens, and what a Transformer would keep of them.
+function counted(tokens) {
   $("read").textContent = count.format(tokens);
-  if (size) $("bytes").textContent = bytes(size);
-  read = tokens;
+  if (!cacheBytes) return;
+  $("cache").textContent = tokens
+    ? `State ${bytes(held)} · a Transformer’s KV cache would hold ${bytes(tokens * cacheBytes)}`
+    : `A Transformer’s KV cache would grow by ${bytes(cacheBytes)} with each token`;
 }
 
 function speed(wait, tokens, ms) {
@@ -199,9 +247,17 @@ function speed(wait, tokens, ms) {
 
 // Conversations and their states
 
+const freshName = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+
 function begin() {
   if (read) call(`v1/sessions/${session}`, { method: "DELETE" }).catch(() => {}); // otherwise it expires on the server
-  session = Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+  clear();
+  if (model) drop(model);
+}
+
+// Shows an empty conversation; the one shown before stays as it is.
+function clear() {
+  session = freshName();
   unread = [];
   $("log").replaceChildren();
   $("log").dataset.hint = HINTS[mode()];
@@ -210,8 +266,28 @@ function begin() {
   $("first").textContent = $("speed").textContent = "–";
   $("send").textContent = mode() === "chat" ? "Send" : "Continue";
   offer();
-  remembered(0);
+  remembered(0, blankBytes);
   say("");
+}
+
+// Goes on in a new session, as the server has lost this one. `mine`: the message that it was not read with, if any.
+function lose(mine = null) {
+  session = freshName();
+  remembered(0, blankBytes);
+  forget(mine);
+}
+
+// Marks all blocks before `mine` as text that the model does not know.
+function forget(mine) {
+  for (let block = mine ? mine.previousSibling : $("log").lastChild; block; block = block.previousSibling) {
+    block.classList.add("lost");
+  }
+  const note = show("note", LOST);
+  if (mine) mine.before(note);
+  startTime().then((time) => { // of the server that has the session from now on
+    started = time ?? started;
+    store();
+  });
 }
 
 // Pictures and sound, for models with encoders
@@ -242,30 +318,43 @@ async function recording() {
   }
 }
 
-// Reload: the display is kept in the tab's storage, the state on the server
+// Reload: the text is kept in this browser, the state on the server
 
-function keep() {
+function store() {
   const blocks = [...$("log").children];
-  const part = running ? blocks.at(-1).textContent : ""; // the server drops an answer when its reader leaves
-  const stopped = part ? [{ role: "assistant", content: part }] : [];
-  const log = blocks.map((block) => [block.classList[0], block.textContent]);
-  const kept = { session, read, log, unread: [...unread, ...stopped], mode: mode(), bytes: $("bytes").textContent };
-  try {
-    sessionStorage.setItem("conversation", JSON.stringify(kept));
-  } catch { // an unread picture exceeds the tab's storage
-    sessionStorage.setItem("conversation", JSON.stringify({ ...kept, unread: [] }));
-  }
+  if (!model) return;
+  if (!blocks.length) return drop(model);
+  const part = running ? blocks.at(-1).source : ""; // the server drops an answer when its reader leaves
+  const texts = [...unread.map(plain), ...(part ? [{ role: "assistant", content: part }] : [])];
+  const log = blocks.map((block) => [block.className.replace(" running", ""), block.source]);
+  const figures = { bytes: held, first: $("first").textContent, speed: $("speed").textContent };
+  keep(model, { log, session, read, started, unread: texts, mode: mode(), ...figures });
 }
 
+// A message without its pictures and sound.
+function plain({ role, content }) {
+  if (typeof content === "string") return { role, content };
+  return { role, content: content.filter((part) => part.type === "text").map((part) => part.text).join("") };
+}
+
+// Shows the conversation that this browser has kept, if there is one; returns when its server had started.
 function resume() {
-  const kept = JSON.parse(sessionStorage.getItem("conversation"));
-  if (kept?.log.length) document.querySelector(`input[value=${kept.mode}]`).checked = true;
-  begin();
-  if (!kept?.log.length) return;
+  const kept = recall(model);
+  if (kept) document.querySelector(`input[value=${kept.mode}]`).checked = true;
+  clear();
+  if (!kept) return null;
   ({ session, unread } = kept);
   for (const [kind, text] of kept.log) show(kind, text);
-  $("bytes").textContent = kept.bytes;
-  remembered(kept.read);
+  remembered(kept.read, kept.bytes);
+  $("first").textContent = kept.first;
+  $("speed").textContent = kept.speed;
+  return kept.started;
+}
+
+// Time at which the server started: all sessions from before are lost. Null of a page that runs the model itself.
+async function startTime() {
+  const response = await call("v1/models").catch(() => null);
+  return (await response?.json())?.data?.[0]?.created ?? null;
 }
 
 async function attempt(action) {
@@ -281,25 +370,34 @@ async function attempt(action) {
 async function listStates() {
   const { data } = await (await call("v1/states")).json();
   $("states").replaceChildren(...data.map(row));
+  return data;
 }
 
 function row(state) {
   const item = document.createElement("li");
   const about = document.createElement("small");
-  about.textContent = `${count.format(state.tokens)} tokens in ${bytes(state.bytes)}`;
+  about.textContent = `${count.format(state.tokens)} tokens in ${bytes(state.bytes)}, ${date.format(state.created * 1000)}`;
   const name = document.createElement("span");
   name.append(state.name, about);
-  const action = (text, act) => {
+  const action = (text, act, label = `${text} ${state.name}`) => {
     const button = document.createElement("button");
     button.type = "button";
     button.textContent = text;
-    button.ariaLabel = `${text} ${state.name}`;
+    button.ariaLabel = label;
     button.disabled = Boolean(running);
     button.onclick = () => attempt(act);
     return button;
   };
   item.append(
     name,
+    action("Continue", async () => {
+      const { tokens, bytes } = await restore(state.name);
+      remembered(tokens, bytes);
+      show("note", `Continuing from ${state.name}. The model remembers the ${count.format(tokens)} tokens it had read; their text is not kept.`);
+      store();
+      leaveSettings();
+      $("input").focus();
+    }, `Continue from ${state.name}`),
     action("Download", async () => {
       const file = await (await call(`v1/states/${state.name}`)).blob();
       const link = document.createElement("a");
@@ -308,16 +406,8 @@ function row(state) {
       link.click();
       URL.revokeObjectURL(link.href);
     }),
-    action("Restore", async () => {
-      begin();
-      const restored = await call(`v1/states/${state.name}/restore`, { method: "POST", body: { session } });
-      const { tokens, bytes } = await restored.json();
-      remembered(tokens, bytes);
-      show("note", `Restored ${state.name}. The model remembers the ${count.format(tokens)} tokens it had read; their text is not kept.`);
-      leaveSettings();
-      $("input").focus();
-    }),
     action("Delete", async () => {
+      if (!(await sure(`Delete the saved state “${state.name}”? This cannot be undone.`, "Delete"))) return;
       await call(`v1/states/${state.name}`, { method: "DELETE" });
       await listStates();
       $("name").focus();
@@ -326,10 +416,44 @@ function row(state) {
   return item;
 }
 
+// Restores a state into a new session, and begins a conversation with it; a failure leaves the present one as it is.
+async function restore(name) {
+  const before = session, fresh = session = freshName(); // the request's header names the session
+  let restored;
+  try {
+    restored = await (await call(`v1/states/${name}/restore`, { method: "POST", body: { session } })).json();
+  } finally {
+    session = before;
+  }
+  begin();
+  session = fresh;
+  return restored;
+}
+
+// Asks the user; true if they agree.
+function sure(text, action) {
+  $("question").textContent = text;
+  $("yes").textContent = action;
+  $("sure").returnValue = ""; // Escape leaves it as it is
+  $("sure").showModal();
+  return new Promise((resolve) => { $("sure").onclose = () => resolve($("sure").returnValue === "yes"); });
+}
+
 async function save() {
   const name = $("name").value;
-  await call("v1/states", { method: "POST", body: { session, name } });
+  if (!read) throw new Error("There is nothing to save yet: send a message first.");
+  const known = (await listStates()).some((state) => state.name === name);
+  if (known && !(await sure(`Replace the saved state “${name}”?`, "Replace"))) return;
+  try {
+    await call("v1/states", { method: "POST", body: { session, name } });
+  } catch (error) {
+    if (!["session_gone", "session_not_found"].includes(error.code)) throw error;
+    unread = [];
+    lose();
+    throw new Error("Nothing was saved: the server no longer has this conversation's state.");
+  }
   show("note", `Saved as ${name}${unread.length ? ", without the stopped answer" : ""}.`);
+  store();
   $("name").value = "";
   await listStates();
 }
@@ -343,20 +467,32 @@ async function add(file) {
 
 // Start and controls
 
+let blankBytes; // bytes of a state that has read nothing
+
 async function open() {
   const loading = (share) => { $("model").textContent = `loading ${Math.round(share * 100)} %`; };
   await ready(loading);
   const info = await (await call("v1/info")).json();
-  $("model").textContent = info.model;
+  started = await startTime();
   document.title = `${info.model} – Retentive`;
-  $("kind").textContent = info.kind === "RetNet" ? "State, constant" : "Cache, growing";
-  if (!read) $("bytes").textContent = bytes(info.state_bytes);
+  const bounded = info.state_bounded ? "State, bounded" : "Cache, growing"; // of attention with or without a window
+  $("kind").textContent = info.kind === "RetNet" ? "State, constant" : bounded;
+  cacheBytes = info.kv_cache_bytes_per_token;
+  $("cache").hidden = !cacheBytes;
+  blankBytes = info.state_bytes;
   $("max_tokens").max = info.max_tokens;
   offered = info.media ?? [];
   offer();
-  if (!$("log").childElementCount) {
+  $("model").textContent = model = info.model;
+  if ($("log").childElementCount) { // a message was sent meanwhile
+    remembered(read, held ?? blankBytes);
+  } else {
     document.querySelector(`input[value=${info.chat ? "chat" : "write"}]`).checked = true;
-    begin();
+    const before = resume();
+    if (read && before !== started) {
+      unread = [];
+      lose();
+    }
   }
   await listStates();
 }
@@ -418,7 +554,12 @@ $("theme").onclick = () => {
   localStorage.setItem("theme", (document.documentElement.dataset.theme = dark ? "light" : "dark"));
 };
 if (localStorage.getItem("theme")) document.documentElement.dataset.theme = localStorage.getItem("theme");
-window.onpagehide = keep;
+window.onpagehide = store;
+document.onvisibilitychange = () => { if (document.hidden) store(); }; // phones end pages without a pagehide
+window.onstorage = ({ key }) => { // another tab went on with the conversation, or began a new one
+  const shared = model && started !== null; // where the page runs the model itself, each tab has a state of its own
+  if (shared && key === place(model) && !running && !sending) started = resume() ?? started;
+};
 
-resume();
+clear();
 attempt(open);

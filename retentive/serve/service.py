@@ -116,6 +116,8 @@ class Service:
             "kind": self.model.config.name,
             "parameters": cost.parameters(self.model.config),
             "state_bytes": self._blank.nbytes,
+            "state_bounded": self.model.config.constant_state,
+            "kv_cache_bytes_per_token": cost.attention_cache_bytes(self.model.config),
             "context": None,  # no limit
             "slots": self.options.slots,
             "max_tokens": self.options.max_tokens,

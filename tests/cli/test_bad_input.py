@@ -430,7 +430,7 @@ SFT_OPTIONS = {
     "texts": (["run", "--data", "data", "--out", "new"], "data holds texts, in which nothing is an answer"),
     "taken": (["run", "--data", "chats.jsonl", "--out", "taken"], "taken already holds a run: --resume goes on"),
     "itself": (["run", "--data", "chats.jsonl", "--out", "run"], "--out run is the model that the run begins with"),
-    "quantised": (["small", "--data", "nowhere", "--out", "new"], "small is quantised: train an adapter on it (--lora)"),
+    "quantised": (["small", "--data", "nowhere", "--out", "new"], "small is quantised: train an adapter on it"),
     "template": (
         ["run", "--data", "chats.jsonl", "--out", "new", "--template", "corpus/0.txt"],
         "corpus/0.txt: the chat template does not show each answer once: it cannot be taught",

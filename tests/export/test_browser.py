@@ -193,7 +193,7 @@ def download(here, name, to) -> bytes:
 def keep(here, name) -> None:
     here["name"].fill(name)
     here.page.keyboard.press("Enter")
-    expect(here.page.get_by_role("button", name=f"Restore {name}", exact=True)).to_be_visible()
+    expect(here.page.get_by_role("button", name=f"Continue from {name}", exact=True)).to_be_visible()
 
 
 def test_states_are_saved_restored_and_exchanged_with_python(folder, serve_files, visit, tmp_path, conversation):
@@ -209,7 +209,7 @@ def test_states_are_saved_restored_and_exchanged_with_python(folder, serve_files
     assert said(conversation(folder, memory), "What is my name?") == goes_on != ""
     here["new"].click()
     assert here.read() == 0
-    here.page.get_by_role("button", name="Restore ada").click()
+    here.page.get_by_role("button", name="Continue from ada").click()
     expect(here["read"]).to_have_text(str(read))
     keep(here, "ada.again")
     assert download(here, "ada.again", tmp_path / "again") == kept
@@ -219,7 +219,7 @@ def test_states_are_saved_restored_and_exchanged_with_python(folder, serve_files
     said(native, "Tell me of trees.")
     save(native.memory, tmp_path / "trees.safetensors")
     here["state"].set_input_files(tmp_path / "trees.safetensors")
-    here.page.get_by_role("button", name="Restore trees").click()
+    here.page.get_by_role("button", name="Continue from trees").click()
     expect(here["read"]).to_have_text(str(native.memory.tokens))
     assert here.say("And then?") == said(native, "And then?") != ""
 
@@ -276,7 +276,7 @@ def test_stop_strings_and_stopping_leave_the_state_as_it_was_read(tmp_path, serv
     here.page.keyboard.press("Enter")
     expect(here.page.locator(".model").last).not_to_be_empty()
     here["stop"].click()
-    stopped = here.page.locator(".model").last.text_content()
+    stopped = here.answers()[-1]
     here.settings(**GREEDY)
     assert further.startswith(stopped[: len(further)])  # as far as it was shown before it was stopped
     assert here.say("")
@@ -366,7 +366,7 @@ def test_on_a_phones_screen_everything_is_within_reach(folder, serve_files, visi
     here["more"].click()
     here["name"].fill("phone")
     here.page.keyboard.press("Enter")
-    expect(here.page.get_by_role("button", name="Restore phone")).to_be_visible()
+    expect(here.page.get_by_role("button", name="Continue from phone")).to_be_visible()
     assert here.page.evaluate("document.documentElement.scrollWidth") <= 360
 
 

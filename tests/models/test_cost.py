@@ -5,7 +5,20 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from retentive.models import ARCHITECTURES, PRESETS, build, config_of, cost, hybrid, retnet, transformer, twin
+from retentive.layers.config import AttentionConfig, FeedForwardConfig, RetentionConfig
+from retentive.models import (
+    ARCHITECTURES,
+    PRESETS,
+    BlockConfig,
+    ModelConfig,
+    build,
+    config_of,
+    cost,
+    hybrid,
+    retnet,
+    transformer,
+    twin,
+)
 from tests.configs import changed
 
 SMALL = dict(vocab_size=61, dim=24, layers=3, heads=2)
@@ -187,3 +200,12 @@ def test_multiply_adds_are_half_the_flops_at_every_context(kind):
     config = CONFIGS[kind] if kind in CONFIGS else config_of(kind, "1m", vocab_size=300)
     for context in (0, 1, 7, 4096):
         assert cost.multiply_adds(config, 3, context) == 3 * cost.flops_per_token(config, context) // 2
+
+
+def test_the_cache_of_narrow_keys_counts_each_layer_once():
+    """As of a Transformer that was made a RetNet: its layers have a window of attention, then retention, then a FFN."""
+    shared = AttentionConfig(dim=64, heads=4, kv_heads=2, window=8)
+    narrow = RetentionConfig(dim=64, heads=2, key_dim=32, value_dim=32)
+    blocks = (BlockConfig(shared, None), BlockConfig(narrow, FeedForwardConfig(128))) * 3
+    assert cost.attention_cache_bytes(ModelConfig(vocab_size=257, dim=64, blocks=blocks)) == 3 * 2 * (32 + 32)
+    assert cost.attention_cache_bytes(ModelConfig(vocab_size=257, dim=64, blocks=blocks[:-1])) == 3 * 2 * (32 + 32)

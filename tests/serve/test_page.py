@@ -108,7 +108,7 @@ def test_what_was_stopped_is_sent_with_the_next_message(server, visit):
     expect(here.page.locator(".model")).not_to_be_empty()
     here["stop"].click()
     expect(here["log"]).to_have_attribute("aria-busy", "false")
-    part = here.page.locator(".model").text_content()
+    [part] = here.answers()
     here.settings(**GREEDY)
     answer = here.say("Go on")
     messages = here.sent[1]["messages"]
@@ -127,14 +127,15 @@ def test_a_reload_goes_on_with_the_conversation(server, visit):
     here.page.reload()
     expect(here["model"]).to_have_text("retnet")
     assert here.page.locator(".you").all_text_contents() == ["Hello"]
-    assert here.page.locator(".model").all_text_contents() == [first] and here.read() == read
+    assert here.answers() == [first] and here.read() == read
+    expect(here["speed"]).to_have_text(re.compile(r"^[\d,]+$"))
     here.settings(**ENDLESS)
     here["input"].fill("And then?")
     here["send"].click()
     expect(here.page.locator(".model").last).not_to_be_empty()
     here.page.reload()  # in the middle of an answer
     expect(here["model"]).to_have_text("retnet")
-    part = here.page.locator(".model").last.text_content()
+    part = here.answers()[-1]
     here.settings(**GREEDY)
     answer = here.say("Go on")
     assert [m["content"] for m in here.sent[-1]["messages"]] == ["And then?", part, "Go on"] and part
@@ -142,8 +143,225 @@ def test_a_reload_goes_on_with_the_conversation(server, visit):
         want = ask(server, "/v1/chat/completions", {"messages": messages, "session": "without-reload", **GREEDY})
     assert answer == want["message"]["content"]
     here["new"].click()
+    assert kept(here) == []
     here.page.reload()
+    expect(here["model"]).to_have_text("retnet")
     expect(here["log"]).to_be_empty()
+
+
+LOST = re.compile("no longer has this conversation's state")
+
+
+def loses_by_restart(server):
+    server.service.sessions.held.clear()
+
+
+def loses_by_eviction(server):
+    sessions = server.service.sessions
+    sessions.evicted.extend(sessions.held)
+    sessions.held.clear()
+
+
+@pytest.mark.parametrize("lose", [loses_by_restart, loses_by_eviction])
+def test_a_lost_session_says_so_and_the_text_stays(lose, server, visit):
+    here = visit(server.url)
+    here.settings(**GREEDY)
+    first = here.say("Hello")
+    lose(server)
+    second = here.say("And then?")
+    messages = [{"role": "user", "content": "And then?"}]
+    assert second == ask(server, "/v1/chat/completions", {"messages": messages, **GREEDY})["message"]["content"]
+    assert here.answers() == [first, second]
+    classes = here.page.locator("#log > *").evaluate_all("blocks => blocks.map((block) => block.className)")
+    assert classes == ["you lost", "model lost", "note", "you", "model"]
+    expect(here.page.locator(".note")).to_have_text(LOST)
+    expect(here["error"]).to_be_empty()
+    read = here.read()
+    here.say("And then?")  # goes on in the new session
+    assert here.read() > read
+    expect(here.page.locator(".note")).to_have_count(1)
+
+
+def test_a_page_that_is_opened_after_a_restart_says_what_was_lost(server, visit):
+    here = visit(server.url)
+    here.settings(**GREEDY)
+    first = here.say("Hello")
+    began = server.http().get("/v1/models").json()
+    began["data"][0]["created"] += 60
+    here.page.route("**/v1/models", lambda route: route.fulfill(json=began))
+    loses_by_restart(server)
+    for _ in range(2):  # it is said once
+        here.page.reload()
+        expect(here.page.locator(".note")).to_have_text(LOST)
+        assert here.answers() == [first] and here.read() == 0
+    here.settings(**GREEDY)
+    assert here.say("Hello") == first
+    here.page.reload()
+    expect(here["model"]).to_have_text("retnet")
+    assert here.answers() == [first, first] and here.read() > 0
+    expect(here.page.locator(".note")).to_have_count(1)
+
+
+def test_what_is_saved_of_a_lost_session_is_nothing(server, visit):
+    here = visit(server.url)
+    here["name"].fill("ada")
+    here.page.keyboard.press("Enter")
+    expect(here["error"]).to_have_text("There is nothing to save yet: send a message first.")
+    here.settings(**GREEDY)
+    here.say("Hello")
+    loses_by_restart(server)
+    here["name"].focus()
+    here.page.keyboard.press("Enter")
+    expect(here["error"]).to_contain_text("Nothing was saved")
+    expect(here.page.locator(".note")).to_have_text(LOST)
+    expect(here.page.locator("#states li")).to_have_count(0)
+
+
+def test_the_browser_keeps_a_bounded_text(server, visit):
+    here = visit(server.url)
+    answers(here, "x" * 1000 + "end")
+    here.say("y" * 250_000)
+    [conversation] = kept(here)
+    assert 200_000 < len(conversation) < 201_000
+    here.page.reload()
+    expect(here.page.locator(".note")).to_have_text("Text further up is no longer kept in this browser.")
+    assert here.answers() == ["x" * 1000 + "end"]
+
+
+def test_two_tabs_show_the_same_conversation(server, visit):
+    here = visit(server.url)
+    here.settings(**GREEDY)
+    first = here.say("Hello")
+    other = Visit(here.page.context.new_page())
+    other.page.goto(server.url)
+    expect(other["model"]).to_have_text("retnet")
+    assert other.answers() == [first]
+    other.settings(**GREEDY)
+    second = other.say("And then?")
+    expect(here.page.locator(".model")).to_have_count(2)
+    assert here.answers() == [first, second] and here.read() == other.read()
+    other["new"].click()
+    expect(here["log"]).to_be_empty()
+
+
+def kept(here: Visit) -> list[str]:
+    """Conversations that the browser keeps, as JSON."""
+    return here.page.evaluate(
+        "Object.entries(localStorage).filter(([name]) => name.startsWith('conversation ')).map(([, kept]) => kept)"
+    )
+
+
+def answers(here: Visit, text: str, pieces: int = 1) -> None:
+    """Lets the page hear `text`, in pieces, as the answer to all that it asks."""
+    size = -(-len(text) // pieces)
+    parts = [text[at : at + size] for at in range(0, len(text), size)]
+    choices = [{"index": 0, "delta": {"content": part}, "finish_reason": None} for part in parts]
+    events = [{"choices": [choice]} for choice in [*choices, {"index": 0, "delta": {}, "finish_reason": "stop"}]]
+    events.append(
+        {
+            "choices": [],
+            "usage": {"prompt_tokens": 20, "completion_tokens": 80},
+            "session": {"tokens": 1000, "bytes": 1_200_000},
+        }
+    )
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    here.page.route("**/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+
+
+MARKDOWN = """# Trees
+
+Some **bold**, *slanted* and `a * b` of a snake_case_name, 2 * 3 * 4.
+
+1. one
+2. two
+   - nested
+
+```python
+def f(x):
+    return "<b>"
+```
+
+> said
+
+| a | b |
+|---|---|
+| 1 | **2** |
+
+[a link](https://example.org/a_(b)) and https://example.org/c."""
+
+
+@pytest.mark.parametrize("pieces", [1, 50])
+def test_an_answer_in_markdown_is_shown_as_such(pieces, server, visit):
+    here = visit(server.url)
+    here.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    answers(here, MARKDOWN, pieces)
+    assert here.say("**plain**") == MARKDOWN
+    assert here.page.locator(".you").inner_html() == "**plain**"
+    model = here.page.locator(".model")
+    for selector, texts in {
+        "h3": ["Trees"], "strong": ["bold", "2"], "em": ["slanted"], "p code": ["a * b"], "ol > li > p": ["one", "two"],
+        "ol ul p": ["nested"], "pre": ['def f(x):\n    return "<b>"'], ".code span": ["python"], "blockquote": ["said"],
+        "th": ["a", "b"], "td": ["1", "2"], "a": ["a link", "https://example.org/c"],
+    }.items():  # fmt: skip
+        assert model.locator(selector).all_text_contents() == texts, selector
+    link = model.get_by_role("link", name="a link")
+    expect(link).to_have_attribute("href", "https://example.org/a_(b)")
+    expect(link).to_have_attribute("rel", "noopener noreferrer")
+    expect(link).to_have_attribute("target", "_blank")
+    model.get_by_role("button", name="Copy code").click()
+    expect(model.get_by_role("button", name="Copied")).to_be_visible()
+    assert here.page.evaluate("navigator.clipboard.readText()") == 'def f(x):\n    return "<b>"'
+    before = model.inner_html().replace("Copied", "Copy code")
+    here.page.reload()
+    expect(model.locator("h3")).to_be_visible()
+    assert model.inner_html() == before
+
+
+EVIL = """<img id=evil src=x onerror=alert(1)> <script>alert(1)</script>
+
+[a](javascript:alert(1)) [b](data:text/html,x) ![c](//example.org/x.png) [d](JAVASCRIPT:alert(1))
+
+```html
+</code></pre><img id=evil src=x onerror=alert(1)>
+```
+
+| <img id=evil src=x onerror=alert(1)> | b |
+|-|-|"""
+
+
+def test_what_an_answer_says_stays_text(server, visit):
+    here = visit(server.url)
+    answers(here, EVIL)
+    assert here.say("Hello") == EVIL
+    model = here.page.locator(".model")
+    expect(model.locator("img, script, a, [onerror], [id]")).to_have_count(0)
+    expect(model.locator("p").first).to_have_text("<img id=evil src=x onerror=alert(1)> <script>alert(1)</script>")
+    expect(model).to_contain_text("[a](javascript:alert(1))")
+
+
+HARD = ["*a " * 9000, "[" * 30_000, "_*" * 9000, "> " * 9000, "- " * 9000, "`" * 99 + "``` `" * 5000, "|-" * 9000]
+
+
+def test_no_answer_takes_the_page_long(server, visit):
+    here = visit(server.url)
+    draw = """async (text) => {
+      const { render } = await import("./markdown.js");
+      const [place, began] = [document.createElement("div"), performance.now()];
+      for (let n = 1; n <= 20; n++) render(place, text.slice(0, (n * text.length) / 20));
+      return performance.now() - began;
+    }"""
+    for text in HARD:
+        assert here.page.evaluate(draw, text) < 5000, text[:20]
+
+
+def test_the_state_is_compared_with_a_cache(server, visit):
+    here = visit(server.url)
+    per_token = server.http().get("/v1/info").json()["kv_cache_bytes_per_token"]
+    assert per_token == 2 * 2 * 32 * 2  # keys and values of two layers of width 32, in 16 bits
+    expect(here["cache"]).to_have_text("A Transformer’s KV cache would grow by 256 B with each token")
+    answers(here, "Hello")
+    here.say("Hello")
+    expect(here["cache"]).to_have_text("State 1.20 MB · a Transformer’s KV cache would hold 256 kB")
 
 
 def test_a_session_that_is_still_busy_is_waited_for(server, visit):
@@ -174,15 +392,43 @@ def test_a_state_is_saved_restored_and_deleted(server, visit):
     here["new"].click()
     assert here.read() == 0 and here["log"].text_content() == ""
     assert here.say("What is my name?") != goes_on  # who was not told
-    here.page.get_by_role("button", name="Restore ada.1").click()
+    here.page.get_by_role("button", name="Continue from ada.1").click()
     expect(here.page.locator(".note")).to_contain_text(f"remembers the {read:,} tokens")
     assert here.read() == read
     assert here.say("What is my name?") == goes_on
     other = visit(server.url)  # another visitor with the same key, or none, finds it too
     expect(other.page.locator("#states li span")).to_contain_text("ada.1")
+    here["name"].fill("ada.1")  # the same name
+    here.page.keyboard.press("Enter")
+    expect(here["question"]).to_contain_text("Replace the saved state “ada.1”?")
+    here.page.get_by_role("button", name="Cancel").click()
     here.page.get_by_role("button", name="Delete ada.1").click()
+    expect(here["question"]).to_contain_text("Delete the saved state “ada.1”?")
+    expect(here.page.locator(":focus")).to_have_text("Cancel")
+    here.page.keyboard.press("Escape")
+    expect(here.page.locator("#states li")).to_have_count(1)
+    here.page.get_by_role("button", name="Delete ada.1").click()
+    here["yes"].click()
     expect(here.page.locator("#states li")).to_have_count(0)
     assert server.service.saved.listed(next(iter(server.service.sessions.held))[0]) == []
+
+
+def test_a_state_that_cannot_be_continued_from_leaves_the_conversation(server, visit):
+    here = visit(server.url)
+    here.settings(**GREEDY)
+    first = here.say("Hello")
+    here["name"].fill("ada")
+    here.page.keyboard.press("Enter")
+    expect(here.page.locator("#states li")).to_have_count(1)
+    [file] = server.service.saved.folder.glob("*/ada.safetensors")
+    file.write_bytes(file.read_bytes()[:-10])
+    here.page.get_by_role("button", name="Continue from ada").click()
+    expect(here["error"]).not_to_be_empty()
+    assert here.answers() == [first]
+    read = here.read()
+    here.say("And then?")
+    assert here.read() > read
+    expect(here.page.locator(".note")).to_have_count(1)  # that it was saved
 
 
 def test_a_base_model_writes_on(serve, visit):
@@ -210,6 +456,7 @@ def test_the_twins_cache_is_said_to_grow(serve, visit):
     here.say("a time. " * 50)
     assert here["bytes"].text_content() != before
     expect(here["kind"]).to_have_text("Cache, growing")
+    expect(here["cache"]).to_be_hidden()
 
 
 def test_light_and_dark(server, visit):
@@ -241,7 +488,7 @@ def test_on_a_phones_screen_everything_is_within_reach(server, visit):
         assert box["x"] >= 0 and box["x"] + box["width"] <= 360
     here["name"].fill("phone")
     here.page.keyboard.press("Enter")
-    here.page.get_by_role("button", name="Restore phone").click()
+    here.page.get_by_role("button", name="Continue from phone").click()
     expect(here["input"]).to_be_focused()  # back at the conversation
     assert here.page.evaluate("document.documentElement.scrollWidth") <= 360
 
@@ -260,12 +507,11 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(serve, visit):
     expect(here["error"]).to_be_empty()
     here.settings(**GREEDY)
     assert here.say("Hello")
-    kept = here.page.evaluate("[{ ...sessionStorage }, Object.values(localStorage), document.cookie]")
-    assert kept == [{"api-key": "open-sesame"}, [], ""]
     here.page.reload()
     expect(here["model"]).to_have_text("retnet")
-    [other] = here.page.evaluate("Object.keys(sessionStorage).filter((name) => name !== 'api-key')")
-    assert other == "conversation" and here.page.evaluate("[Object.values(localStorage), document.cookie]") == [[], ""]
+    assert here.page.evaluate("[{ ...sessionStorage }, document.cookie]") == [{"api-key": "open-sesame"}, ""]
+    [conversation] = kept(here)
+    assert "Hello" in conversation and "open-sesame" not in conversation
 
 
 def test_what_goes_wrong_is_told_in_a_line_and_no_word_is_lost(server, visit):
@@ -282,9 +528,6 @@ def test_what_goes_wrong_is_told_in_a_line_and_no_word_is_lost(server, visit):
     expect(here["error"]).to_be_empty()
     here.say("And then?")
     expect(here["error"]).to_be_empty()
-    server.service.sessions.held.clear()  # as after a restart
-    here.say("And then?")
-    expect(here["error"]).to_contain_text("had lost this conversation's state")
     server.service.draining = True
     here["input"].fill("Still there?")
     here.page.keyboard.press("Enter")
@@ -310,6 +553,7 @@ def test_an_answer_that_breaks_off_says_so_and_text_stays_text(case, server, vis
     body = f"data: {json.dumps(event)}\n\n{more}"
     here.page.route("**/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
     assert here.say(evil) == evil
+    assert here.page.locator(".model").text_content() == here.page.locator(".you").text_content() == evil
     expect(here["error"]).to_have_text(words)
     expect(here["evil"]).to_have_count(0)
 

@@ -6,7 +6,7 @@ import pytest
 
 from retentive.checkpoint import save_model
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models import build, retnet, transformer
+from retentive.models import build, cost, retnet, transformer, twin
 from retentive.serve.errors import Refused
 from retentive.serve.options import Options
 from retentive.serve.service import open_service
@@ -18,6 +18,11 @@ def test_the_info_for_the_page(server):
     assert info["model"] == server.service.name and info["kind"] == model.config.name
     assert info["parameters"] == sum(p.numel() for p in model.parameters())
     assert info["state_bytes"] == model.init_state(1).nbytes and info["context"] is None and info["chat"] is False
+    retains = model.config.retains
+    assert info["state_bounded"] == retains
+    assert info["kv_cache_bytes_per_token"] == (
+        cost.cache_bytes(twin(model.config), 1, bytes_per_value=2) if retains else None
+    )
 
 
 def test_more_slots_than_there_is_memory_for_are_refused_at_the_start(runs, refuses):

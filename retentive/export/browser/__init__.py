@@ -109,6 +109,8 @@ def write_page(folder: Path, tokenizer: Tokenizer, *, name: str) -> None:
             "kind": model.config.name,
             "parameters": cost.parameters(model.config),
             "state_bytes": cost.state_bytes(model.config),
+            "state_bounded": model.config.constant_state,
+            "kv_cache_bytes_per_token": cost.attention_cache_bytes(model.config),
             "fingerprint": fingerprint(model),
             "config": model.config.written(),
             "chat": chat,

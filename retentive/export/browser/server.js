@@ -93,8 +93,11 @@ const json = (body, status = 200) => new Response(JSON.stringify(body), { status
 
 const routes = [
   ["GET", "v1/info", () => {
-    const { name, kind, parameters, state_bytes } = model;
-    return json({ model: name, kind, parameters, state_bytes, max_tokens: 1_000_000, chat: model.teaches, media: [] });
+    const { name, kind, parameters, state_bytes, state_bounded, kv_cache_bytes_per_token } = model;
+    return json({
+      model: name, kind, parameters, state_bytes, state_bounded, kv_cache_bytes_per_token,
+      max_tokens: 1_000_000, chat: model.teaches, media: [],
+    });
   }],
   ["GET", "v1/states", async () => json({ data: (await ask("list")).states })],
   ["POST", "v1/states", async ({ body }) => json((await ask("save", body)).state)],
