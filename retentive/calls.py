@@ -7,7 +7,7 @@ A model is given as its place (a run directory, a model folder, a .gguf file, a 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib import import_module
@@ -45,12 +45,15 @@ def train(
 ) -> Path:
     """Trains a model on text, or on packed folders, and returns the run directory `out`.
 
+    `retentive.load(out)` is the trained model, `retentive.history(out)` the curve of its training.
+
     Args:
         data: folder that `retentive data` wrote, or a file or folder of text; or several, which are mixed.
         objective: your own loss: `objective(model, batch, state)` returns the sum of losses, their number and a state
             (`retentive.train.objective`). By default language modelling.
         callbacks: functions of the training and the step's metrics, called after every step: `callback(training,
             metrics)` with `training.step`, `training.model` and `metrics["loss"]`. If one raises, the step is saved.
+            `retentive.report.LivePlot()` is one that draws the losses.
         options: fields of `retentive.train.TrainRun` and `retentive.train.TrainConfig`, by their names:
             `size="5m", steps=1000, lr=3e-3, batch=8, length=512, set={"dropout": 0.1}, resume=True`, …
 
@@ -336,7 +339,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     tokenizer: Tokenizer | str | None = None,
-    adapter: str | Path | ModelFolder | None = None,
+    adapter: str | Path | ModelFolder | Mapping[str, str | Path | ModelFolder] | None = None,
     **options: Any,
 ) -> None:
     """Serves a model by OpenAI's HTTP API, with a chat page, until a signal comes.
@@ -344,7 +347,8 @@ def serve(
     Args:
         port: 0 picks a free one, named in the line on stderr.
         tokenizer: tokenizer beside a model in memory, or for a folder without one.
-        adapter: folder of an adapter to merge into the model.
+        adapter: folder of an adapter to merge into the model. Or several by name, served beside the model: requests
+            choose one by its name (`model`).
         options: fields of `retentive.serve.options.Options`: `slots=16, states="states", api_key=("…",)`, …
 
     Raises:

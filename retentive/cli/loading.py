@@ -32,8 +32,8 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loading(Limits):
-    """Flags of a verb that loads a model."""
+class LoadingPlain(Limits):
+    """Flags of a verb that loads a model, without those of an adapter."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run directory, model folder (ours, torchscale, fla or Llama), .gguf file, the shipped model novels,
@@ -46,8 +46,6 @@ class Loading(Limits):
     """Dtype of the weights; the state is always float32. Read a memory file in the dtype it was written in."""
     weights: Weights = "stored"
     """Quantise while loading; `retentive quantize` does it once and writes a folder."""
-    adapter: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
-    """LoRA adapter (a run with --lora) to merge into RUN. An adapter given as RUN loads its base model too."""
     engine: Literal["auto", "native", "torch"] = "auto"
     """Engine on a CPU: native (C), torch, or auto: native if it can run the model, else torch."""
 
@@ -55,6 +53,20 @@ class Loading(Limits):
     def folder(self) -> ModelFolder:
         """Folder of the model."""
         return self.limited(self.run)
+
+    def model(self, folder: ModelFolder, adapter: ModelFolder | None = None) -> LanguageModel:
+        """Return the model of a folder, with the requested weights and engine."""
+        dtype = None if self.dtype == "stored" else self.dtype
+        made = folder.model(device=self.device, dtype=dtype, weights=self.weights, adapter=adapter)
+        return with_engine(made, self.engine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading(LoadingPlain):
+    """Flags of a verb that loads a model, with an adapter or without."""
+
+    adapter: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
+    """LoRA adapter (a run with --lora) to merge into RUN. An adapter given as RUN loads its base model too."""
 
     @cached_property
     def change(self) -> ModelFolder | None:
@@ -65,12 +77,6 @@ class Loading(Limits):
         """Return the model and its tokenizer; errors as the methods of `ModelFolder` and `with_engine`."""
         tokenizer = self.folder.tokenizer_for_text(self.tokenizer)
         return self.model(self.folder, self.change), tokenizer
-
-    def model(self, folder: ModelFolder, adapter: ModelFolder | None = None) -> LanguageModel:
-        """Return the model of a folder, with the requested weights and engine."""
-        dtype = None if self.dtype == "stored" else self.dtype
-        made = folder.model(device=self.device, dtype=dtype, weights=self.weights, adapter=adapter)
-        return with_engine(made, self.engine)
 
     def template_for(self, tokenizer: Tokenizer, file: Path | None = None) -> ChatTemplate:
         """Return the chat template in `file`, or the adapter's, or the model's."""

@@ -60,10 +60,11 @@ def create_app(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.engine.start()
+        for each in service.all:
+            each.engine.start()
         yield
         # waits for requests in flight, whose readers need the event loop meanwhile
-        await asyncio.to_thread(service.engine.close)
+        await asyncio.gather(*(asyncio.to_thread(each.engine.close) for each in service.all))
 
     app = FastAPI(title="retentive", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     # the last one added is outermost: CORS preflights carry no key, and are answered before keys are checked
@@ -92,7 +93,7 @@ def _completions(app: FastAPI, service: Service) -> None:
     async def complete(http: Request, kind: type[ChatRequest | CompletionRequest | InputRequest]) -> Response:
         received = await receive(http, kind, service.options, media=service.open_media is not None)
         request = received.as_chat() if isinstance(received, InputRequest) else received
-        completion = Completion(service, request, http.state.owner, http.state.request_id)
+        completion = Completion(service.named(request.model), request, http.state.owner, http.state.request_id)
         try:
             await completion.begin(lambda: _disconnect(http.receive))
             if not request.stream:
@@ -174,26 +175,28 @@ class EventStream(Response):
 
 def _about(app: FastAPI, service: Service) -> None:
     """Adds the routes that describe the model and the server's health."""
-    model = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "retentive"}
+    began = int(time.time())
+
+    def described_model(name: str) -> dict[str, Any]:
+        return {"id": service.named(name).name, "object": "model", "created": began, "owned_by": "retentive"}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [described_model(each.name) for each in service.all]}
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
-        service.check_model(name)
-        return model
+        return described_model(name)
 
     @app.get("/v1/info")
-    async def info() -> dict[str, Any]:
-        return service.info()
+    async def info(model: str | None = None) -> dict[str, Any]:
+        return service.named(model).info()
 
     @app.get("/health")
     async def health() -> Response:
         if service.draining:
             return JSONResponse({"status": "draining"}, 503)
-        if service.engine.thread is None or not service.engine.thread.is_alive():
+        if any(each.engine.thread is None or not each.engine.thread.is_alive() for each in service.all):
             return JSONResponse({"status": "the engine has stopped"}, 503)
         return JSONResponse({"status": "ok"})
 
@@ -203,49 +206,55 @@ def _about(app: FastAPI, service: Service) -> None:
 
 
 def _states(app: FastAPI, service: Service) -> None:
-    """Adds the routes of saved states and sessions. Threads read and write files, since a state may have 100 MB."""
-    sessions, saved = service.sessions, service.saved
+    """Adds the routes of saved states and sessions; `model` names an adapter, whose states are apart.
+
+    Threads read and write files, since a state may have 100 MB.
+    """
 
     def named(name: str) -> str:
         """Returns a name from the path, checked as a name in a body."""
         return parse(Named, json.dumps({"name": name}).encode()).name
 
     @app.get("/v1/states")
-    async def states(http: Request) -> dict[str, Any]:
+    async def states(http: Request, model: str | None = None) -> dict[str, Any]:
+        saved = service.named(model).saved
         return {"object": "list", "data": await asyncio.to_thread(saved.listed, http.state.owner)}
 
     @app.post("/v1/states")
     async def save(http: Request) -> dict[str, Any]:
         request = await receive(http, SaveRequest, service.options)
+        of = service.named(request.model)
         # checked out while a thread writes it, so that no request changes the session
-        with sessions.checkout(http.state.owner, request.session) as conversation:
-            return await asyncio.to_thread(saved.save, http.state.owner, request.name, conversation.memory)
+        with of.sessions.checkout(http.state.owner, request.session) as conversation:
+            return await asyncio.to_thread(of.saved.save, http.state.owner, request.name, conversation.memory)
 
     @app.post("/v1/states/{name}/restore")
     async def restore(http: Request, name: str) -> dict[str, Any]:
         request = await receive(http, RestoreRequest, service.options)
-        memory: Memory = await asyncio.to_thread(saved.load, http.state.owner, named(name))
-        conversation = sessions.put(http.state.owner, request.session, memory)
+        of = service.named(request.model)
+        memory: Memory = await asyncio.to_thread(of.saved.load, http.state.owner, named(name))
+        conversation = of.sessions.put(http.state.owner, request.session, memory)
         return {"object": "session", **described(request.session, conversation)}
 
     @app.get("/v1/states/{name}")
-    async def download(http: Request, name: str) -> Response:
-        path = saved.path(http.state.owner, named(name))
+    async def download(http: Request, name: str, model: str | None = None) -> Response:
+        path = service.named(model).saved.path(http.state.owner, named(name))
         return FileResponse(path, filename=path.name, media_type="application/octet-stream", headers=SECURITY_HEADERS)
 
     @app.put("/v1/states/{name}")
-    async def upload(http: Request, name: str) -> dict[str, Any]:
-        content = await receive_file(http, service.options, service.largest_state)
-        return await asyncio.to_thread(saved.add, http.state.owner, named(name), content)
+    async def upload(http: Request, name: str, model: str | None = None) -> dict[str, Any]:
+        of = service.named(model)
+        content = await receive_file(http, of.options, of.largest_state)
+        return await asyncio.to_thread(of.saved.add, http.state.owner, named(name), content)
 
     @app.delete("/v1/states/{name}")
-    async def delete(http: Request, name: str) -> dict[str, Any]:
-        await asyncio.to_thread(saved.delete, http.state.owner, named(name))
+    async def delete(http: Request, name: str, model: str | None = None) -> dict[str, Any]:
+        await asyncio.to_thread(service.named(model).saved.delete, http.state.owner, named(name))
         return {"object": "state", "name": name, "deleted": True}
 
     @app.delete("/v1/sessions/{name}")
-    async def forget(http: Request, name: str) -> dict[str, Any]:
-        sessions.drop(http.state.owner, named(name))
+    async def forget(http: Request, name: str, model: str | None = None) -> dict[str, Any]:
+        service.named(model).sessions.drop(http.state.owner, named(name))
         return {"object": "session", "name": name, "deleted": True}
 
 

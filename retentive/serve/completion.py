@@ -89,7 +89,6 @@ class Completion:
             ClientLeft: the client left while its pictures and sound were opened.
         """
         request, service = self.request, self.service
-        service.check_model(request.model)
         request.refuse_what_is_not_served()
         request.check_size(service.options)
         try:

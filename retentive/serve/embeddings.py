@@ -19,7 +19,7 @@ async def embeddings(service: Service, request: EmbeddingRequest) -> dict[str, A
     Raises:
         Refused: another model, a dimension that it has not, text that is empty or too long, or the time is over.
     """
-    service.check_model(request.model)
+    service = service.named(request.model)
     width = service.model.config.dim
     if request.dimensions not in (None, width):
         raise Refused(400, f"this model has {width} dimensions, got {request.dimensions}", param="dimensions")

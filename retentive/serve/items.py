@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from retentive.serve.errors import Refused
-from retentive.serve.messages import Body
+from retentive.serve.messages import Body, as_choice
 from retentive.serve.requests import ChatRequest, Name, parse
 
 
@@ -136,7 +136,9 @@ class InputRequest(Body):
     session: Name | None = None
     seed: int | None = None
     tools: list[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
+    tool_choice: (
+        Annotated[Literal["none", "auto", "required"] | NamedFunctionTool, BeforeValidator(as_choice)] | None
+    ) = None
     parallel_tool_calls: bool | None = None
     previous_response_id: str | None = None
 

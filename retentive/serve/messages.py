@@ -55,6 +55,8 @@ class AudioPart(Body):
 
 
 PARTS = ("text", "image_url", "input_audio")
+TYPES = (*PARTS, "message", "function_call", "function_call_output")
+"""Types of parts, and of the items of /v1/responses, that choose a class by their `type`."""
 Part = Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]
 
 
@@ -131,7 +133,18 @@ class NamedTool(Body):
     function: NamedFunction
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+CHOICES = ("none", "auto", "required")
+
+
+def as_choice(value: Any) -> Any:
+    """Returns `tool_choice` if it is a word or names a function, so that an error is one and not one of each kind."""
+    function = value.get("function", value) if isinstance(value, dict) else {}  # the newer API has its name beside it
+    if value not in CHOICES and not (isinstance(function, dict) and isinstance(function.get("name"), str)):
+        raise ValueError(f"expected {', '.join(CHOICES)}, or a function by its name")
+    return value
+
+
+ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedTool, BeforeValidator(as_choice)]
 
 
 def chosen_tools(tools: Sequence[Tool], choice: ToolChoice | None) -> list[Tool]:

@@ -19,7 +19,7 @@ from retentive.infer.conversation import NAME, Conversation
 from retentive.serve.choices import Prompt
 from retentive.serve.errors import Refused, field
 from retentive.serve.media import OpenMedia, content
-from retentive.serve.messages import PARTS, Body, Message, Part, TextPart, Tool, ToolChoice, chosen_tools
+from retentive.serve.messages import PARTS, TYPES, Body, Message, Part, TextPart, Tool, ToolChoice, chosen_tools
 from retentive.serve.options import Options
 
 BODY_SECONDS = 60
@@ -370,10 +370,12 @@ class Named(Body):
 class SaveRequest(Body):
     session: Name
     name: Name
+    model: str | None = None
 
 
 class RestoreRequest(Body):
     session: Name
+    model: str | None = None
 
 
 async def receive(http: HTTPRequest, kind: type[T], options: Options, *, media: bool = False) -> T:
@@ -435,9 +437,9 @@ def parse(kind: type[T], body: bytes) -> T:
         return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    # pydantic's path holds a part's type where that has chosen the class; it is not a field of the body
+    # pydantic's path holds the type of a part or an item where that has chosen the class; it is no field of the body
     where = [
-        at for n, at in enumerate(first["loc"]) if not (n and isinstance(first["loc"][n - 1], int) and at in PARTS)
+        at for n, at in enumerate(first["loc"]) if not (n and isinstance(first["loc"][n - 1], int) and at in TYPES)
     ]
     param, said = field(where), first["msg"].removeprefix("Value error, ")
     if first["type"].startswith("union_tag"):  # a part without a type, or of an unknown one

@@ -31,9 +31,8 @@ def serve(service: Service, host: str, port: int) -> None:
     except OSError as error:
         raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
     shown = f"[{host}]" if ":" in host else host
-    print(
-        f"retentive: serving {service.name} on http://{shown}:{listener.getsockname()[1]}", file=sys.stderr, flush=True
-    )
+    names, port = ", ".join(each.name for each in service.all), listener.getsockname()[1]
+    print(f"retentive: serving {names} on http://{shown}:{port}", file=sys.stderr, flush=True)
     _Server(config(service), service).run(sockets=[listener])
 
 
@@ -63,11 +62,11 @@ class _Server(uvicorn.Server):
             sys.stderr.flush()
             # no clean-up, which could hang; files are written whole or not at all, so none is left half-written
             os._exit(128 + sig)
-        self.service.draining = True
-        requests = counted(self.service.in_flight, "request")
+        self.service.drain()
+        requests = counted(self.service.unfinished, "request")
         print(f"retentive: {signal.Signals(sig).name}: finishing {requests}", file=sys.stderr)
 
     async def on_tick(self, counter: int) -> bool:
         """Returns True if the server shall stop; uvicorn calls it ten times a second."""
-        done = self.service.draining and not self.service.in_flight
+        done = self.service.draining and not self.service.unfinished
         return await super().on_tick(counter) or done

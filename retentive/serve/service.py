@@ -1,6 +1,10 @@
-"""Service of a server: one model with its engine, template, sessions and saved states, within limits."""
+"""Service of a server: one model with its engine, template, sessions and saved states, within limits.
 
-from collections.abc import Callable, Iterator
+A server of several adapters has a service for each, beside that of the model itself; `Service.named` finds one.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +16,7 @@ from retentive.checkpoint import ModelFolder
 from retentive.data.templates import ChatTemplate
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.cache import PrefixCache
-from retentive.infer.conversation import Conversation
+from retentive.infer.conversation import NAME, Conversation
 from retentive.infer.memory import Memory, blank, fingerprint
 from retentive.models import LanguageModel, cost
 from retentive.models.encoders import encoders_of
@@ -54,17 +58,14 @@ class Service:
     in_flight: int = 0
     """Number of completions in flight."""
     draining: bool = False
+    adapters: "dict[str, Service]" = field(default_factory=dict)
+    """Services of the same model with an adapter each, by the adapter's name in requests."""
 
     def __post_init__(self):
         options, model = self.options, self.model
         name = fingerprint(model)  # hashes all weights, so it is computed once
         self._blank: Memory = blank(model, name)
-        # fails now, since the pool is allocated with the first request
-        state: Any = self._blank.state
-        needed = options.slots * state.reserve(max(state.windows)).nbytes  # caches without a window grow later
-        if needed > (free := machine.free_memory(self._blank.state.position.device)):
-            have = f"{needed / 1e9:,.1f} GB of states, {free / 1e9:,.1f} GB are free"
-            raise ValueError(f"{option('slots', options.slots)}: they need {have}; ask for fewer")
+        self._check_slots()
         cache = None
         if options.cache:
             cache = PrefixCache(options.cache, folder=options.cache_folder, model=name)
@@ -72,7 +73,9 @@ class Service:
         self.engine = AsyncEngine(model, slots=options.slots, waiting=options.queue, prefill_chunk=chunk, cache=cache)
         self.sessions = Sessions(options.sessions, self.new_conversation)
         self.saved = SavedStates(self.states_folder, model, name, self.name)
-        self.metrics = Metrics(self.engine, self.sessions)
+        self.metrics = Metrics(self.all)
+        for each in self.adapters.values():
+            each.metrics = self.metrics
         self.open_media, self.opening = senses(model), ThreadPoolExecutor(1, "retentive-opening")
 
     @property
@@ -85,11 +88,39 @@ class Service:
         """Returns an empty conversation. All share one blank state, which is never written."""
         return Conversation(self.engine, self.tokenizer, self.template, self._blank)
 
-    def check_model(self, name: str | None) -> None:
-        """Raises Refused (404) for any other model."""
-        if name is not None and name != self.name:
-            message = f"the model {name!r} is not here; this server has {self.name!r}"
+    @property
+    def all(self) -> "list[Service]":
+        """This service and those of the adapters."""
+        return [self, *self.adapters.values()]
+
+    def named(self, name: str | None) -> "Service":
+        """Returns the service of a model or an adapter by its name in a request; raises Refused (404) for others."""
+        if name is None or name == self.name:
+            return self
+        if name not in self.adapters:
+            have = ", ".join(repr(each.name) for each in self.all)
+            message = f"the model {name!r} is not here; this server has {have}"
             raise Refused(404, message, param="model", code="model_not_found")
+        return self.adapters[name]
+
+    def drain(self) -> None:
+        """Refuses new completions from now on; those in flight finish."""
+        for each in self.all:
+            each.draining = True
+
+    @property
+    def unfinished(self) -> int:
+        """Number of completions in flight, of all adapters together."""
+        return sum(each.in_flight for each in self.all)
+
+    def _check_slots(self) -> None:
+        """Raises ValueError if the states of all slots do not fit into memory; they are allocated with a request."""
+        state: Any = self._blank.state
+        # caches without a window grow later
+        needed = len(self.all) * self.options.slots * state.reserve(max(state.windows)).nbytes
+        if needed > (free := machine.free_memory(state.position.device)):
+            have = f"{needed / 1e9:,.1f} GB of states, {free / 1e9:,.1f} GB are free"
+            raise ValueError(f"{option('slots', self.options.slots)}: they need {have}; ask for fewer")
 
     @contextmanager
     def admit(self) -> Iterator[None]:
@@ -138,22 +169,34 @@ def open_service(
     options: Options | None = None,
     *,
     tokenizer: str | Tokenizer | None = None,
-    adapter: str | Path | ModelFolder | None = None,
+    adapter: str | Path | ModelFolder | Mapping[str, str | Path | ModelFolder] | None = None,
     load: Callable[[ModelFolder, ModelFolder | None], LanguageModel] = _load,
 ) -> Service:
     """Returns the service for a run directory, a model folder, or a name on the hub.
 
     Args:
-        adapter: folder of an adapter to merge into the model; its template is used then.
+        adapter: folder of an adapter to merge into the model; its template is used then. Or several by name: each is
+            served beside the model, under its name, with a copy of the weights that include its change.
         load: function that loads the model of a folder with an adapter; by default in C, if that can run it.
 
     Raises:
-        FileNotFoundError, ValueError: no model, no tokenizer, a template that is refused, or more slots than there is
-            memory for; and what `load` raises.
+        FileNotFoundError, ValueError: no model, no tokenizer, a template that is refused, an invalid name of an
+            adapter, or more slots than there is memory for; and what `load` raises.
     """
     options, folder = options or Options(), ModelFolder.open(run)
-    change = None if adapter is None else ModelFolder.open(adapter)
     found = folder.tokenizer_for_text(tokenizer)
-    model = load(folder, change)
-    template = (change or folder).template(found, options.template)
-    return Service(folder.short_name, model, found, template, options, options.states or folder.path / "states")
+    states = options.states or folder.path / "states"
+
+    def service(name: str, change: ModelFolder | None, states: Path, **more: Any) -> Service:
+        template = (change or folder).template(found, options.template)
+        return Service(name, load(folder, change), found, template, options, states, **more)
+
+    if not isinstance(adapter, Mapping):
+        change = None if adapter is None else ModelFolder.open(adapter)
+        return service(folder.short_name, change, states)
+    for name in adapter:
+        if not re.fullmatch(NAME, name) or name == folder.short_name:
+            said = "is the model's own" if name == folder.short_name else "expected letters, digits, '.', '_' and '-'"
+            raise ValueError(f"{option('adapter', name)}: {said}; choose another name")
+    adapters = {name: service(name, ModelFolder.open(each), states / name) for name, each in adapter.items()}
+    return service(folder.short_name, None, states, adapters=adapters)

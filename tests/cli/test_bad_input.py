@@ -391,6 +391,24 @@ def test_a_quantised_model_is_not_trained_on(refused):
     refused(argv, "small is quantised: train an adapter on it (--lora), or the model that it was quantised from")
 
 
+@pytest.mark.parametrize(
+    ("adapters", "words"),
+    [
+        (["law=run", "law=run"], "--adapter law=run: two adapters have that name"),
+        (["law=run", "run"], "--adapter run: expected NAME=RUN, as the others"),
+        (["run", "run"], "--adapter run run: give several as NAME=RUN, or one to merge"),
+        (["a/b=run"], "--adapter a/b: expected letters, digits"),
+        (["run=run"], "--adapter run: is the model's own; choose another name"),
+        (["law=run"], "run is a model, not an adapter"),
+        (["law=nowhere"], "nowhere"),
+    ],
+    ids=str,
+)
+def test_adapters_to_serve(adapters, words, refused):
+    pytest.importorskip("fastapi", reason="the server needs pip install 'retentive[serve]'")
+    refused(["serve", "run", "--port", "0", "--adapter", *adapters], words)
+
+
 def test_without_memory(refused, monkeypatch):
     def full(*_, **__):
         raise MemoryError("no memory for 9 MB of packed weights")

@@ -145,6 +145,8 @@ def tool(**function):
         ({"tools": [tool(name="f", parameters={"type": "wrong"})]}, "tools", "function 'f': the JSON schema cannot"),
         ({"tools": [tool(name="f", parameters={"$ref": "#"})]}, "tools", "function 'f': the JSON schema cannot"),
         ({"tool_choice": tool(name="nobody")}, "tool_choice", "no tool is called 'nobody'; there are weather, clock"),
+        ({"tool_choice": "maybe"}, "tool_choice", "expected none, auto, required, or a function by its name"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice", "or a function by its name"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice", "tools is empty"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not served together"),
         ({"functions": [{"name": "f"}]}, "functions", "use tools"),
