@@ -6,7 +6,7 @@ r"""Emoji naming: the name of a picture, among 1,910 names, from Google's pictur
         --image size=64 patch=16 --out data/emoji
     retentive train --recipe recipes/emoji.py               (the twin: --model transformer --out runs/emoji-twin)
     retentive eval runs/emoji --tasks naming:kin,naming:new,answers:kin --data emoji --max-tokens 40
-    retentive generate runs/emoji --image emoji/pictures/1f98a.png --prompt "What is it?"
+    retentive generate runs/emoji --image emoji/pictures.zip/1f98a.png --prompt "What is it?"
 
 One picture in ten is held out. Many emoji of people have several pictures, one per skin colour, so there are two tests:
 new pictures of emoji seen in training (kin), and pictures of new emoji (new), whose names must be composed from known
@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 from PIL import Image, ImageEnhance
 
@@ -52,26 +53,37 @@ def prepare(package: Path, out: Path) -> None:
     draw.shuffle(order)
     held_out, trained = order[: len(order) // 10], order[len(order) // 10 :]
     names = {files[file] for file in trained}
-    (out / "pictures").mkdir(parents=True, exist_ok=True)
-    for file in order:
-        with Image.open(package / "img/google/64" / file) as picture:
-            picture.convert("RGBA").save(out / "pictures" / file)
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = {file: opened(package / "img/google/64" / file) for file in order}
     kin, new = ([file for file in held_out if (files[file] in names) == known] for known in (True, False))
     write(out / "kin.jsonl", ((file, files[file]) for file in kin))
     write(out / "new.jsonl", ((file, files[file]) for file in new))
     write(out / "valid.jsonl", ((file, files[file]) for file in held_out))
 
-    def shown() -> Iterable[tuple[str, str]]:
-        for n in range(SHOWN + 1):
-            for file in trained:
-                name = f"{Path(file).stem}+{n}.png" if n else file
-                if n:
-                    with Image.open(out / "pictures" / file) as picture:
-                        varied(picture, draw).save(out / "pictures" / name)
-                yield name, files[file]
+    with ZipFile(out / "pictures.zip", "w") as archive:  # PNG is compressed already
 
-    write(out / "train.jsonl", shown())
+        def add(name: str, picture: Image.Image) -> None:
+            with archive.open(name, "w") as member:
+                picture.save(member, "PNG")
+
+        def shown() -> Iterable[tuple[str, str]]:
+            for n in range(SHOWN + 1):
+                for file in trained:
+                    name = f"{Path(file).stem}+{n}.png" if n else file
+                    if n:
+                        add(name, varied(pictures[file], draw))
+                    yield name, files[file]
+
+        for file, picture in pictures.items():
+            add(file, picture)
+        write(out / "train.jsonl", shown())
     (out / "names.txt").write_text("".join(f"{name}\n" for name in sorted(set(files.values()))), encoding="utf-8")
+
+
+def opened(file: Path) -> Image.Image:
+    """Returns the picture in a file, with transparency."""
+    with Image.open(file) as picture:
+        return picture.convert("RGBA")
 
 
 def varied(picture: Image.Image, draw: random.Random) -> Image.Image:
@@ -90,7 +102,7 @@ def varied(picture: Image.Image, draw: random.Random) -> Image.Image:
 def write(file: Path, shown: Iterable[tuple[str, str]]) -> None:
     with open(file, "w", encoding="utf-8") as out:
         for name, answer in shown:
-            parts: list[dict[str, Any]] = [{"type": "image", "image": f"pictures/{name}"}]
+            parts: list[dict[str, Any]] = [{"type": "image", "image": f"pictures.zip/{name}"}]
             turns = [{"role": "user", "content": [*parts, {"type": "text", "text": QUESTION}]}]
             out.write(json.dumps({"messages": [*turns, {"role": "assistant", "content": answer}]}) + "\n")
 

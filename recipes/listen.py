@@ -7,7 +7,7 @@ r"""Transcription of spoken digits in a row, from single recordings; one speaker
     retentive train --recipe recipes/listen.py            (the twin: --model transformer --out runs/listen-twin)
     retentive eval runs/listen --tasks transcription:known,transcription:george,transcription:turns50 --data digits \
         --max-tokens 120                                  (and transcription:turns5, :row5, :row50)
-    retentive generate runs/listen --audio digits/row5/0-0.wav --prompt "Which digits?"
+    retentive generate runs/listen --audio digits/row5.zip/0-0.wav --prompt "Which digits?"
 
 Training data: single digits (two fifths of the sounds, since rows alone are learnt late), two to five digits in turns
 with an answer each, and two to five digits in one sound with one answer. Recordings are varied: speed and pitch (like
@@ -18,11 +18,13 @@ Tests: unchanged single recordings of known speakers (known) and of the held-out
 in turns (turns5, turns50); all of five and fifty digits in one sound (row5, row50).
 """
 
+import io
 import json
 import random
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import soundfile
@@ -134,14 +136,17 @@ def equalised(sound: np.ndarray, draw: random.Random) -> np.ndarray:
 
 
 def write(out: Path, name: str, talks: Iterable[Talk]) -> None:
-    """Writes out/NAME.jsonl, and its sounds in out/NAME/."""
-    (out / name).mkdir(parents=True, exist_ok=True)
-    with open(out / f"{name}.jsonl", "w", encoding="utf-8") as file:
+    """Writes out/NAME.jsonl, and its sounds into out/NAME.zip."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / f"{name}.jsonl", "w", encoding="utf-8") as file, ZipFile(out / f"{name}.zip", "w") as archive:
         for n, talk in enumerate(talks):
             messages = []
             for m, (sound, digits) in enumerate(talk):
-                soundfile.write(out / name / f"{n}-{m}.wav", sound, RATE)
-                heard = [{"type": "audio", "audio": f"{name}/{n}-{m}.wav"}, {"type": "text", "text": "Which digits?"}]
+                wav = io.BytesIO()
+                soundfile.write(wav, sound, RATE, format="WAV")
+                archive.writestr(f"{n}-{m}.wav", wav.getvalue())
+                words = {"type": "text", "text": "Which digits?"}
+                heard = [{"type": "audio", "audio": f"{name}.zip/{n}-{m}.wav"}, words]
                 messages += [{"role": "user", "content": heard}, {"role": "assistant", "content": digits}]
             file.write(json.dumps({"messages": messages}) + "\n")
 

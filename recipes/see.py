@@ -6,7 +6,9 @@ r"""Handwritten digits, from an .npz of pictures and labels (x_train, y_train, x
     retentive train --recipe recipes/see.py                 (the twin: --model transformer --out runs/see-twin)
     retentive eval runs/see --tasks answers:test,answers:before,answers:around,answers:shuffled --data digits \
         --max-tokens 4                                      (and answers:row8-1 … answers:row16-16)
-    retentive generate runs/see --image digits/pictures/test-0.png --prompt "Which digit?"
+    retentive generate runs/see --image "digits/test.npy[0]" --prompt "Which digit?"
+
+The pictures of a split are one array (train.npy, test.npy), and the first ten of the test are files as well.
 
 A picture is four tokens. Half of the training examples are single pictures followed by the question. The others move
 pictures by up to two pixels, and put the question before, or before and after, or show several numbered pictures with
@@ -29,6 +31,8 @@ from retentive.train import TrainConfig, TrainRun
 
 MOST, TURNS, ASKED = 16, 4, 1000
 """Maximum pictures in a training row, and questions about it; number of questions in each test but the first."""
+FILES = 10
+"""Number of pictures that are files as well, to show them to a model by hand."""
 QUESTION = "Which digit?"
 Turns = list[tuple[list[Any], int]]
 """Turns of a conversation, each (content, answer)."""
@@ -48,20 +52,25 @@ def recipe() -> TrainRun:
 
 
 class Pictures:
-    """Pictures of a split with their labels; files are written when first named."""
+    """Pictures of a split with their labels; those named become rows of an array, written by `save`."""
 
-    def __init__(self, pixels: np.ndarray, labels: np.ndarray, out: Path, name: str, random: np.random.Generator):
-        self.pixels, self.labels, self.out, self.name, self.random = pixels, labels, out, name, random
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray, name: str, random: np.random.Generator):
+        self.pixels, self.labels, self.name, self.random = pixels, labels, name, random
+        self.rows: dict[tuple[int, int, int], int] = {}  # (picture, y, x) -> row
 
     def part(self, n: int, *, moved: bool = False) -> dict[str, str]:
         """Returns the part of a message that shows picture n, unchanged or moved by up to two pixels."""
-        y, x = self.random.integers(0, 5, 2) if moved else (2, 2)
-        file = f"pictures/{self.name}-{n}" + (f"-{y}{x}" if moved else "") + ".png"
-        if not (self.out / file).exists():
-            wide = np.pad(self.pixels[n], 2)
-            height, width = self.pixels.shape[1:]
-            Image.fromarray(wide[y : y + height, x : x + width]).save(self.out / file)
-        return {"type": "image", "image": file}
+        y, x = map(int, self.random.integers(0, 5, 2)) if moved else (2, 2)
+        row = self.rows.setdefault((int(n), y, x), len(self.rows))
+        return {"type": "image", "image": f"{self.name}.npy[{row}]"}
+
+    def save(self, out: Path) -> None:
+        """Writes the array, uint8 `[rows, height, width]`."""
+        height, width = self.pixels.shape[1:]
+        rows = np.lib.format.open_memmap(out / f"{self.name}.npy", "w+", np.uint8, (len(self.rows), height, width))
+        for (n, y, x), row in self.rows.items():
+            rows[row] = np.pad(self.pixels[n], 2)[y : y + height, x : x + width]
+        rows.flush()
 
     def asked(self, n: int, way: str, **how: bool) -> Turns:
         """Returns a question about one picture, placed before, after or around it."""
@@ -88,8 +97,8 @@ def prepare(file: Path, out: Path) -> None:
     """Writes the pictures, and conversations about them."""
     data, random = np.load(file), np.random.default_rng(0)
     (out / "pictures").mkdir(parents=True, exist_ok=True)
-    train = Pictures(data["x_train"], data["y_train"], out, "train", random)
-    test = Pictures(data["x_test"], data["y_test"], out, "test", random)
+    train = Pictures(data["x_train"], data["y_train"], "train", random)
+    test = Pictures(data["x_test"], data["y_test"], "test", random)
     order = random.permutation(len(train.labels))
     valid, rest = order[: len(order) // 20], order[len(order) // 20 :]
 
@@ -113,6 +122,10 @@ def prepare(file: Path, out: Path) -> None:
     for count in (MOST // 2, MOST):
         for k in range(1, count + 1):
             write(out / f"row{count}-{k}.jsonl", (test.row(count, [k]) for _ in range(len(few) // 5)))
+    for pictures in (train, test):
+        pictures.save(out)
+    for n in range(min(FILES, len(test.pixels))):
+        Image.fromarray(test.pixels[n]).save(out / f"pictures/test-{n}.png")
 
 
 def write(file: Path, conversations: Iterable[Turns]) -> None:

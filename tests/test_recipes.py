@@ -1,5 +1,6 @@
 """Every file in recipes/ is a recipe: its function returns a complete run or comparison with models that build."""
 
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import torch
 
 from retentive.cli.train import read_recipe
 from retentive.compare import Comparison
+from retentive.data.archives import Archives, Row
 from retentive.data.chats import chats
 from retentive.linearization import LinearizeRun
 from retentive.models import build, transformer
@@ -22,6 +24,7 @@ from retentive.train import TrainRun
 pytestmark = pytest.mark.slow
 
 FOLDER = Path(__file__).parents[1] / "recipes"
+ARCHIVES = Archives()
 RECIPES = sorted(path for path in FOLDER.glob("*.py") if not path.stem.startswith("linearize_"))
 
 
@@ -146,6 +149,12 @@ class Dataset(dict):
     assert len(train) + len(valid) == 199 and 0 < len(valid) < 20  # a message without an answer is left out
 
 
+def held(path: Path) -> bytes | np.ndarray:
+    """Returns the member of an archive, or the row of an array."""
+    found = ARCHIVES.read(path, 1 << 20)
+    return found.values if isinstance(found, Row) else found
+
+
 def shown(path: Path) -> list[tuple[list[str], list[str], str]]:
     """Returns (files, texts, answer) of each conversation in a file."""
     found = []
@@ -153,7 +162,7 @@ def shown(path: Path) -> list[tuple[list[str], list[str], str]]:
         *_, question, answer = json.loads(line)["messages"]
         files = [part[part["type"]] for part in question["content"] if part["type"] != "text"]
         texts = [part["text"] for part in question["content"] if part["type"] == "text"]
-        assert all((path.parent / file).is_file() for file in files)
+        assert all(len(held(path.parent / file)) for file in files)
         found.append((files, texts, answer["content"]))
     return found
 
@@ -168,10 +177,12 @@ def test_digits_to_see(tmp_path):
     out = tmp_path / "out"
 
     def label(file: str) -> str:
-        """Returns the label according to the picture's own pixels."""
-        name, n = file.removeprefix("pictures/").removesuffix(".png").split("-")[:2]
-        return str({"train": labels[:40], "test": labels[40:]}[name][int(n)])
+        """Returns the label according to the picture's own pixels, moved or not."""
+        of = range(40) if file.startswith("train.npy") else range(40, 60)
+        (found,) = [n for n in of if any(np.array_equal(held(out / file), each) for each in moved[n])]
+        return str(labels[found])
 
+    moved = [[np.pad(each, 2)[y : y + 6, x : x + 6] for y in range(5) for x in range(5)] for each in pixels]
     trained = [json.loads(line)["messages"] for line in (out / "train.jsonl").read_text().splitlines()]
     assert len(trained) == 2 * 38 and len(shown(out / "valid.jsonl")) == 2
     for messages in trained:
@@ -186,7 +197,9 @@ def test_digits_to_see(tmp_path):
     assert any(len(messages) > 2 for messages in trained)
     tested = shown(out / "test.jsonl")
     assert len(tested) == 20 and all(answer == label(files[0]) for files, _, answer in tested)
-    assert np.array_equal(np.asarray(image.open(out / "pictures/test-0.png"))[:, :], pixels[40])
+    assert np.array_equal(held(out / "test.npy[0]"), pixels[40])
+    with image.open(out / "pictures/test-0.png") as picture:
+        assert np.array_equal(np.asarray(picture), pixels[40])
     assert all(texts == ["Which digit?"] * 2 for _, texts, _ in shown(out / "around.jsonl"))
     assert any(answer != label(files[0]) for files, _, answer in shown(out / "shuffled.jsonl"))
     for files, texts, answer in shown(out / "row16-3.jsonl"):
@@ -216,9 +229,11 @@ def test_emoji_to_name(tmp_path):
     names = {name for _, name in trained}
     assert {name for _, name in kin} <= names and not {name for _, name in new} & names
     assert len(shown(out / "train.jsonl")) == 13 * 45
-    for file in (out / "pictures").iterdir():
-        with image.open(file) as picture:
+    for files, _, _ in shown(out / "train.jsonl") + shown(out / "valid.jsonl"):
+        with image.open(io.BytesIO(held(out / files[0]))) as picture:
             assert picture.size == (64, 64)
+    with image.open(io.BytesIO(held(out / "pictures.zip/0.png"))) as picture, image.open(folder / "0.png") as own:
+        assert np.array_equal(np.asarray(picture), np.asarray(own))
 
 
 def test_digits_to_hear(tmp_path):
@@ -243,7 +258,7 @@ def test_digits_to_hear(tmp_path):
     assert [answer for _, _, answer in shown(out / "bob.jsonl")] == [str(n) for n in range(10)]
     assert {len(answer.split()) for _, _, answer in shown(out / "train.jsonl")} <= {1, 2, 3, 4, 5}
     for files, texts, answer in shown(out / "row50.jsonl"):
-        sound, rate = soundfile.read(out / files[0])
+        sound, rate = soundfile.read(io.BytesIO(held(out / files[0])))
         assert rate == 8000 and len(answer.split()) == 50 and texts == ["Which digits?"]
         assert 50 * 800 <= len(sound) <= 50 * (800 + 1600)
     for line in (out / "turns50.jsonl").read_text().splitlines():
@@ -258,5 +273,5 @@ def test_digits_to_hear(tmp_path):
     assert len(shown(tmp_path / "mixed/train.jsonl")) == 20
     for name in ("known", "bob", "turns5"):
         files = [file for files, _, _ in shown(tmp_path / f"mixed/{name}.jsonl") for file in files]
-        lengths = [len(soundfile.read(tmp_path / "mixed" / file)[0]) for file in files]
+        lengths = [len(soundfile.read(io.BytesIO(held(tmp_path / "mixed" / file)))[0]) for file in files]
         assert lengths and max(lengths) <= 800 + 1600, "no recording of half a second among them"

@@ -5,6 +5,7 @@
     formats    reads files: text, HTML (by `html`), JSON, tables, parquet, compressed or not
     chats      files of conversations -> checked messages
     media      pictures and sound in a message: rows of numbers, and the placeholder tokens for them
+    archives   members of archives and rows of arrays, named like files
     tokenizer  text <-> ids: bytes, any tokenizer.json, a tiktoken file; trains a byte-level BPE
     split      chooses the held-out documents
     pack       documents -> a folder of memory-mappable token shards with its tokenizer

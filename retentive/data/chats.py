@@ -6,9 +6,9 @@
     {"instruction": "…", "input": "…", "output": "…"}            Alpaca's; the input, which may lack, ends the question
 
 Each is one line of .jsonl, an entry of a list in .json, or a row of .parquet. Other fields are ignored. A content may
-be a list of parts: {"type": "text", "text": …}, {"type": "image", "image": FILE}, {"type": "audio", …}. A conversation
-may begin with a system message, then user and assistant alternate. A last message without an answer is dropped, since
-it teaches nothing.
+be a list of parts: {"type": "text", "text": …}, {"type": "image", "image": FILE}, {"type": "audio", …}, where FILE may
+also be a member of an archive or a row of an array (`archives`). A conversation may begin with a system message, then
+user and assistant alternate. A last message without an answer is dropped, since it teaches nothing.
 """
 
 import warnings

@@ -4,7 +4,7 @@
 
 In the ids a placeholder stands for each row; a model's encoder replaces it by an embedding (`models/encoders.py`).
 Placeholder ids lie beyond the vocabulary, so any tokenizer works and no text can be mistaken for one. The caller passes
-the function that opens files (`retentive.multimodal`).
+the function that opens files (`retentive.multimodal`), members of archives and rows of arrays (`data.archives`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +41,7 @@ class Open(Protocol):
     """Function that opens pictures and sounds."""
 
     def __call__(self, kind: str, name: str, *, folder: Path) -> Media:
-        """Opens the file that a part names, relative to its folder; raises ValueError or OSError."""
+        """Opens the file, member or row that a part names, relative to its folder; raises ValueError or OSError."""
 
 
 def placeholder(kind: str) -> str:

@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from retentive.data.archives import Row
 from retentive.files import check_file
 from retentive.models.encoders import RATES, AudioConfig
 
@@ -27,23 +28,56 @@ BLOCK = 10
 """Seconds decoded at once."""
 
 
-def open_audio(source: Path | bytes, config: AudioConfig, *, most_seconds: float = MOST_SECONDS) -> np.ndarray:
+class Samples:
+    """A sound that is decoded already, with the few members of `soundfile.SoundFile` that are used here.
+
+    Args:
+        values: int16 or float32 `[samples]`.
+        samplerate: sampling rate in Hz.
+    """
+
+    channels = 1
+
+    def __init__(self, values: np.ndarray, samplerate: int):
+        self.values, self.samplerate, self.frames, self.at = values, samplerate, len(values), 0
+
+    def read(self, frames: int, dtype: str = "float32", always_2d: bool = True) -> np.ndarray:
+        """Returns the next samples, float32 `[frames, 1]`, as a WAV of the same samples would be read."""
+        block = self.values[self.at : self.at + frames].astype(dtype)
+        self.at += frames
+        return (block / np.float32(1 << 15) if self.values.dtype == np.int16 else block)[:, None]
+
+    def __enter__(self) -> "Samples":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def open_audio(
+    source: Path | bytes | Row, config: AudioConfig, *, most_seconds: float = MOST_SECONDS, name: str = ""
+) -> np.ndarray:
     """Returns the rows of a sound, float16 `[n, config.features]`.
 
     Raises:
         OSError, ValueError, ImportError: as `stream_audio`.
     """
-    return np.concatenate(list(stream_audio(source, config, most_seconds=most_seconds)))
+    return np.concatenate(list(stream_audio(source, config, most_seconds=most_seconds, name=name)))
 
 
 def stream_audio(
-    source: Path | bytes, config: AudioConfig, *, most_seconds: float = MOST_SECONDS
+    source: Path | bytes | Row, config: AudioConfig, *, most_seconds: float = MOST_SECONDS, name: str = ""
 ) -> Iterator[np.ndarray]:
     """Yields the rows of a sound in parts; together they equal those of `open_audio`.
 
+    Args:
+        source: a file, its bytes, or samples: int16 or float32 `[samples]` with their rate.
+        name: name in errors; by default that of the file.
+
     Raises:
         OSError: the file does not exist.
-        ValueError: it has another format, is empty or too long, has an unsupported sample rate, or is damaged.
+        ValueError: it has another format, is empty or too long, has an unsupported sample rate, or is damaged; samples
+            have another shape or dtype, or no rate.
         ImportError: soundfile or soxr is missing (extra `multimodal`).
     """
     try:
@@ -51,18 +85,23 @@ def stream_audio(
         import soxr
     except ImportError as error:
         raise ImportError(f"sound needs {error.name}: pip install 'retentive[multimodal]'") from None
-    name = "the sound" if isinstance(source, bytes) else str(source)
+    name = name or (str(source) if isinstance(source, Path) else "the sound")
     if isinstance(source, Path):
         check_file(source)
     try:
-        file = soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source))
+        file = (
+            _samples(source, name)
+            if isinstance(source, Row)
+            else soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source))
+        )
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{name} is no sound of WAV, FLAC or OGG, or is damaged ({error.error_string})") from None
     with file:
-        if file.format not in FORMATS:
-            raise ValueError(f"{name} is {file.format}, expected WAV, FLAC or OGG")
-        if file.format in CHECKS:
-            CHECKS[file.format](source, name)
+        if not isinstance(source, Row):
+            if file.format not in FORMATS:
+                raise ValueError(f"{name} is {file.format}, expected WAV, FLAC or OGG")
+            if file.format in CHECKS:
+                CHECKS[file.format](source, name)
         if file.samplerate not in RATES:
             raise ValueError(f"{name} has {file.samplerate:,} samples a second, expected {RATES[0]:,} to {RATES[-1]:,}")
         if file.channels > MOST_CHANNELS:
@@ -89,6 +128,17 @@ def stream_audio(
         except soundfile.LibsndfileError as error:
             at = heard / file.samplerate
             raise ValueError(f"{name} is damaged within {BLOCK} s after {at:.1f} s ({error.error_string})") from None
+
+
+def _samples(row: Row, name: str) -> Samples:
+    """Returns the sound in a row of an array; raises ValueError for another shape or dtype, or if it has no rate."""
+    values, rate = row
+    if values.dtype not in (np.int16, np.float32) or values.ndim != 1:
+        got = f"{values.dtype} {list(values.shape)}"
+        raise ValueError(f"{name} is {got}, expected int16 or float32 [samples]; convert the array")
+    if rate is None:
+        raise ValueError(f"{name} has no sampling rate; write its samples a second behind it, as {name}@16000")
+    return Samples(values, rate)
 
 
 def _check_wav(source: Path | bytes, name: str) -> None:

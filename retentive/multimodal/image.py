@@ -19,26 +19,49 @@ MOST_PIXELS = 1 << 26
 """Maximum pixels of a picture, checked in its header before decoding: a small file may expand without limit."""
 
 
-def open_image(source: Path | bytes, config: ImageConfig) -> np.ndarray:
+def open_image(source: Path | bytes | np.ndarray, config: ImageConfig, name: str = "") -> np.ndarray:
     """Returns the rows of a picture, uint8 `[config.tokens, config.features]`.
 
     The picture is rotated as its EXIF data say, put on white where transparent, scaled to fit the square, and centred
     in it on white.
 
+    Args:
+        source: a file, its bytes, or pixels: uint8 `[H, W]` or `[H, W, 3]`.
+        name: name in errors; by default that of the file.
+
     Raises:
         OSError: the file does not exist.
         ValueError: it has another format, is animated, has 16 bits per channel or too many pixels, or is cut short or
-            damaged.
+            damaged; pixels have another shape or dtype.
         ImportError: pillow is missing (extra `multimodal`).
     """
     try:
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        import PIL.Image
     except ImportError:
         raise ImportError("pictures need pillow: pip install 'retentive[multimodal]'") from None
-    name = "the picture" if isinstance(source, bytes) else str(source)
+    name = name or (str(source) if isinstance(source, Path) else "the picture")
+    if isinstance(source, np.ndarray):
+        _check_pixels(source, name)
+        return patches(_fitted(PIL.Image.fromarray(np.ascontiguousarray(source)), config), config.patch)
     if isinstance(source, Path):
         check_file(source)
     raw = source if isinstance(source, bytes) else source.read_bytes()
+    picture = _opened(raw, name)
+    try:
+        if picture.format == "PNG":
+            PIL.Image.open(io.BytesIO(raw)).verify()  # checks its checksums, which `load` ignores
+        picture.load()
+        pixels = _fitted(picture, config)
+    except Exception as error:
+        _check_whole(raw, name)
+        raise ValueError(f"{name} is damaged ({error})") from None
+    return patches(pixels, config.patch)
+
+
+def _opened(raw: bytes, name: str) -> Any:
+    """Returns the picture (`PIL.Image.Image`) with its header read; raises ValueError for one that is refused."""
+    from PIL import Image, UnidentifiedImageError
+
     # pillow silently reduces 16-bit colour to 8 bits
     if raw.startswith(PNG) and raw[24:25] == b"\x10":
         raise ValueError(f"{name} has 16 bits a colour: save it with 8")
@@ -63,26 +86,38 @@ def open_image(source: Path | bytes, config: ImageConfig) -> np.ndarray:
         raise ValueError(f"{name} moves, it has {picture.n_frames} frames: give one of them")
     if picture.mode.startswith(("I", "F")):
         raise ValueError(f"{name} has more than 8 bits a colour ({picture.mode}): save it with 8")
-    try:
-        if picture.format == "PNG":
-            Image.open(io.BytesIO(raw)).verify()  # checks its checksums, which `load` ignores
-        picture.load()
-        ImageOps.exif_transpose(picture, in_place=True)
-        clear = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
-        mode, side = "RGBA" if clear else "L" if config.channels == 1 else "RGB", config.size
-        if picture.mode != mode:  # avoids a copy: a large picture is a quarter of a gigabyte
-            picture = picture.convert(mode)
-        if picture.size != (side, side):
-            fitted = [max(round(each / max(picture.size) * side), 1) for each in picture.size]
-            picture = picture.resize(fitted, Image.Resampling.BICUBIC)
-        square = Image.new("RGB" if clear else mode, (side, side), "white")
-        place = round((side - picture.width) / 2), round((side - picture.height) / 2)
-        square.paste(picture, place, picture if clear else None)
-        picture = square.convert("L" if config.channels == 1 else "RGB")
-    except Exception as error:
-        _check_whole(raw, name)
-        raise ValueError(f"{name} is damaged ({error})") from None
-    return patches(np.asarray(picture, np.uint8).reshape(side, side, config.channels), config.patch)
+    return picture
+
+
+def _fitted(picture: Any, config: ImageConfig) -> np.ndarray:
+    """Returns the pixels of a picture fitted into the square, uint8 `[size, size, channels]`."""
+    from PIL import Image, ImageOps
+
+    ImageOps.exif_transpose(picture, in_place=True)
+    clear = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
+    mode, side = "RGBA" if clear else "L" if config.channels == 1 else "RGB", config.size
+    if picture.mode != mode:  # avoids a copy: a large picture is a quarter of a gigabyte
+        picture = picture.convert(mode)
+    if picture.size != (side, side):
+        fitted = [max(round(each / max(picture.size) * side), 1) for each in picture.size]
+        picture = picture.resize(fitted, Image.Resampling.BICUBIC)
+    square = Image.new("RGB" if clear else mode, (side, side), "white")
+    place = round((side - picture.width) / 2), round((side - picture.height) / 2)
+    square.paste(picture, place, picture if clear else None)
+    picture = square.convert("L" if config.channels == 1 else "RGB")
+    return np.asarray(picture, np.uint8).reshape(side, side, config.channels)
+
+
+def _check_pixels(pixels: np.ndarray, name: str) -> None:
+    """Raises ValueError for an array that is no picture."""
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3):
+        got = f"{pixels.dtype} {list(pixels.shape)}"
+        raise ValueError(f"{name} is {got}, expected uint8 [H, W] or [H, W, 3], 0 to 255; convert the array")
+    height, width = pixels.shape[:2]
+    if not height * width:
+        raise ValueError(f"{name} has no pixels: {height} x {width}")
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"{name} has more than {MOST_PIXELS:,} pixels: make it smaller, it has {width:,} x {height:,}")
 
 
 def _check_whole(raw: bytes, name: str) -> None:

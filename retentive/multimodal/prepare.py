@@ -2,6 +2,8 @@
 
 {"messages": [{"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "What?"}]},
               {"role": "assistant", "content": "A cat."}]}
+
+A name may also be that of a member of an archive or of a row of an array (`data.archives`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,19 +14,22 @@ from typing import Any
 import numpy as np
 
 from retentive.checkpoint import ModelFolder
+from retentive.data.archives import Archives, Row
 from retentive.data.media import Media
 from retentive.data.pack import Meta
 from retentive.data.prepare import prepare as data_prepare
 from retentive.models import LanguageModel
 from retentive.models.encoders import AudioConfig, Config, ImageConfig, encoders_of
 from retentive.multimodal.audio import MOST_SECONDS, open_audio, stream_audio
-from retentive.multimodal.image import open_image
+from retentive.multimodal.image import MOST_PIXELS, open_image
 
 SEEN = ("size", "patch", "channels")
 HEARD = ("rate", "mels", "window", "hop", "stack")
 """Fields of encoders' configs that define how files become rows; the other fields belong to the model."""
 NEEDS = {"image": ("PIL",), "audio": ("soundfile", "soxr")}
 """Packages that open files of each kind (extra `multimodal`)."""
+MOST_BYTES = 4 * MOST_PIXELS
+"""Maximum bytes of a member of an archive, which is in memory as a whole: four for each of the most pixels."""
 NO_ENCODER = "the model has no encoder for {0}: train one on data with {0} (docs/see.md, docs/listen.md)"
 """Error for a model that accepts no media of a kind."""
 UNSAID = "it holds {0}, but nothing says how {0} becomes tokens: give {0}, its encoder's fields"
@@ -39,7 +44,7 @@ class Opener:
     """
 
     def __init__(self, configs: Mapping[str, Config], missing: str = NO_ENCODER):
-        self.configs, self.missing = configs, missing
+        self.configs, self.missing, self.archives = configs, missing, Archives()
 
     @classmethod
     def of(cls, model: LanguageModel) -> "Opener":
@@ -49,7 +54,9 @@ class Opener:
     def __call__(self, kind: str, name: str, *, folder: Path) -> Media:
         if "://" in name or name.startswith("data:"):
             raise ValueError(f"{kind} {name[:40]!r} is no file: download it, and name it by its path")
-        return self.rows(kind, folder / name)._replace(name=name)
+        path = folder / name
+        found = self.archives.read(path, MOST_BYTES)
+        return self.rows(kind, path if found is None else found, name=str(path))._replace(name=name)
 
     def parts(self, kind: str, source: Path | bytes) -> Iterator[Media]:
         """Opens it in parts, a sound some seconds at a time, so that long sounds need no more memory."""
@@ -59,13 +66,20 @@ class Opener:
         else:
             yield from (Media(kind, rows) for rows in stream_audio(source, config))
 
-    def rows(self, kind: str, source: Path | bytes, most: int | None = None) -> Media:
-        """Opens a picture or sound from its file or bytes; refuses sound above `most` tokens before decoding it."""
+    def rows(self, kind: str, source: Path | bytes | Row, most: int | None = None, name: str = "") -> Media:
+        """Opens a picture or sound from its file, bytes or row of an array.
+
+        Args:
+            most: refuses sound of more tokens before it is decoded.
+            name: name in errors; by default that of the file.
+        """
         config = self._config(kind)
         if isinstance(config, ImageConfig):
-            return Media(kind, open_image(source, config))
+            if isinstance(source, Row) and source.rate is not None:
+                raise ValueError(f"{name}: a picture has no sampling rate; leave out @{source.rate}")
+            return Media(kind, open_image(source.values if isinstance(source, Row) else source, config, name))
         seconds = MOST_SECONDS if most is None else min(MOST_SECONDS, most / config.tokens_per_second)
-        return Media(kind, open_audio(source, config, most_seconds=seconds))
+        return Media(kind, open_audio(source, config, most_seconds=seconds, name=name))
 
     def _config(self, kind: str) -> Config:
         if kind not in self.configs:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ import numpy as np
 import tyro
 
 from retentive.checkpoint import ModelFolder
+from retentive.data.archives import split
 from retentive.data.chats import chat_files, chats
 from retentive.data.loader import Mode
 from retentive.data.media import Media
@@ -157,12 +159,13 @@ class SftRun(TrainRun):
 
 
 def media_files(source: str | Path) -> list[tuple[str, str]]:
-    """(path, digest) of each existing picture and sound file that the conversations name."""
+    """(name, digest of its file) of each existing picture and sound that the conversations name."""
     found = []
+    digest = cache(file_sha256)  # an archive or array is named for each of its members or rows
 
     def look(kind: str, name: str, *, folder: Path) -> Media:
-        if (path := folder / name).is_file():
-            found.append((name, file_sha256(path)))
+        if (path := split(folder / name)[0]).is_file():
+            found.append((name, digest(path)))
         return Media(kind, np.empty((0, 0)))
 
     deque(chats(source, media=look), maxlen=0)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -221,6 +222,14 @@ def test_fine_tuning_reads_whole_conversations(place):
     assert run.folder([]) == folder
     shutil.copy("files/1.png", "files/0.png")  # another picture of the same name: packed again
     assert run.folder([]) != folder
+    pixels = np.zeros((80, 8, 8), np.uint8)
+    np.save("pics.npy", pixels)
+    lines = (place / "train.jsonl").read_text()
+    (place / "train.jsonl").write_text(re.sub(r"files/(\d+)\.png", r"pics.npy[\1]", lines))
+    folder = run.folder([])
+    np.save("pics.npy", pixels + 1)  # other pixels in an array of the same name
+    assert run.folder([]) != folder
+    (place / "train.jsonl").write_text(lines)
     main(["data", "train.jsonl", "--chats", "--tokenizer", "run", "--out", "again"])
     assert Packed("again").media == Packed("data").media
 
