@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from retentive.checkpoint import load
     from retentive.evals import evaluate
     from retentive.infer.writing import generate, stream_generate
+    from retentive.train.log import history
 
 __all__ = [
     "bench",
@@ -44,6 +45,7 @@ __all__ = [
     "evaluate",
     "export",
     "generate",
+    "history",
     "linearize",
     "load",
     "memory",
@@ -59,6 +61,7 @@ __version__ = "0.5.0"
 _HOMES = {
     "evaluate": "retentive.evals",
     "generate": "retentive.infer.writing",
+    "history": "retentive.train.log",
     "load": "retentive.checkpoint",
     "stream_generate": "retentive.infer.writing",
 }

@@ -21,6 +21,7 @@ from retentive.files import naming, write_text
 from retentive.options import option
 from retentive.tables import counted, duration
 from retentive.train.config import TrainConfig
+from retentive.train.directory import read_options
 from retentive.train.speed import Speedometer
 from retentive.train.step import Training
 
@@ -247,6 +248,32 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{file}:{number} is no record of training: the file is damaged") from None
     return records
+
+
+def history(run: str | Path) -> list[dict[str, Any]]:
+    """Returns the curve of a run: a row for each step and each evaluation, for `pandas.DataFrame(history(run))`.
+
+    Each row has `step` and `tokens` (trained on so far; absent if the loop was called without a TrainRun). A step has
+    `loss` (nats per token), `lr`, `grad_norm`, `tokens_per_second`, `memory` (bytes) and `mfu`. An evaluation has
+    `bits_per_byte` (the last one of all, on a longer part of the text, `final_bits_per_byte`), `held_out_loss` (nats
+    per token) and `bytes`.
+
+    Args:
+        run: run directory. The run may still be training, or have been killed.
+
+    Raises:
+        FileNotFoundError: `run` has no metrics.jsonl.
+        ValueError: a file is damaged.
+    """
+    records, options = read_metrics(Path(run)), read_options(Path(run))
+    size = 0  # tokens of a step, the same in every mode of reading
+    if command := options.get("command"):
+        size = command["batch"] * command["length"] * options["train"]["accumulate"]
+    return [
+        {"step": record["step"], **({"tokens": record["step"] * size} if size else {}), **record}
+        for record in records
+        if "sample" not in record
+    ]
 
 
 def check_extras(config: TrainConfig) -> None:

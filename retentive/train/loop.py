@@ -55,6 +55,7 @@ def train(
     if config.precision == "auto":  # measured once a run: a resumed run keeps the result
         config = replace(config, precision=before.get("precision", "auto"))
     training = prepare(model, batches, objective, config, cluster)
+    training.run = directory.path
     with cluster.on_main(directory.locked):
         begin(training, directory, hooks)
         if training.step < config.steps:

@@ -8,6 +8,7 @@ The learning rate, batches and random numbers of a step depend on its number onl
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -52,6 +53,8 @@ class Training:
     """Finished steps, including skipped ones."""
     carried: Any = None
     """State that the next batch continues from (mode "carry")."""
+    run: Path | None = None
+    """Run directory, for callbacks: `retentive.history(training.run)` is its curve so far."""
 
     def __post_init__(self):
         self.optimizer = optimizer_of(self.model, self.config)
