@@ -5,14 +5,18 @@
     {"prompt": "…", "completion": "…"}                           a question and its answer; either may be messages too
     {"instruction": "…", "input": "…", "output": "…"}            Alpaca's; the input, which may lack, ends the question
 
+Messages of the first schema may call tools, as in OpenAI's files: an assistant's has `tool_calls`, messages of the role
+"tool" answer, and `tools` beside the messages describes the functions. An answer with `"weight": 0` is not learnt.
+
 Each is one line of .jsonl, an entry of a list in .json, or a row of .parquet. Other fields are ignored. A content may
 be a list of parts: {"type": "text", "text": …}, {"type": "image", "image": FILE}, {"type": "audio", …}, where FILE may
 also be a member of an archive or a row of an array (`archives`). A conversation may begin with a system message, then
 user and assistant alternate. A last message without an answer is dropped, since it teaches nothing.
 """
 
+import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +25,8 @@ from retentive.data.formats import OnBadText, TextCheck, kind_of, objects
 from retentive.data.media import KINDS as KINDS_OF_MEDIA
 from retentive.data.media import Media, Open, media_of, text_of
 from retentive.data.sources import Say, find_files
-from retentive.data.templates import Message
+from retentive.data.templates import Message, Tool
+from retentive.data.tools import described
 from retentive.tables import counted
 
 KINDS = (".jsonl", ".json", ".parquet")
@@ -33,6 +38,7 @@ ROLES = {
     "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
+    "tool": "tool",
 }
 """Names of the speakers in schemas, and the roles of templates."""
 SCHEMAS = "messages, conversations, prompt and completion, or instruction and output"
@@ -46,12 +52,20 @@ class Conversation(NamedTuple):
     name: str
     """Origin relative to the source: FILE:LINE."""
     messages: list[Message]
-    """An optional system message, then user and assistant in turns, ending with an assistant's message."""
+    """An optional system message, then user and assistant in turns, ending with an assistant's message. A message that
+    calls tools is followed by their answers."""
+    tools: Sequence[Tool] = ()
+    """Functions that may be called, as in OpenAI's API."""
 
     @property
     def text(self) -> str:
-        """The messages' text, one message per line."""
-        return "\n".join(text_of(message["content"]) for message in self.messages)
+        """The messages' text, one message or call per line."""
+        lines = []
+        for message in self.messages:
+            lines.append(text_of(message["content"]))
+            functions = [call["function"] for call in message.get("tool_calls", ())]
+            lines += [f"{each['name']} {json.dumps(each['arguments'], ensure_ascii=False)}" for each in functions]
+        return "\n".join(lines)
 
 
 def chat_files(source: str | Path) -> dict[str, Path]:
@@ -103,12 +117,13 @@ def chats(
             for within, value in objects(path, check):
                 try:
                     messages = messages_of(value, None if media is None else partial(media, folder=path.parent))
+                    tools = tools_of(value)
                 except (ValueError, OSError) as error:
                     check.bad(f"{path}{within}", f"cannot be taken: {error}", "fix it")
                     first = first or f"{path}{within}: {error}"
                     continue
                 empty = False
-                yield Conversation(name + within, messages)
+                yield Conversation(name + within, messages, tools)
         if check.skipped:
             skipped = counted(len(check.skipped), "conversation")
             say(f"{source}: skipped {skipped}, the first is {first or check.skipped[0]}")
@@ -137,17 +152,72 @@ def messages_of(value: Any, media: Callable[[str, str], Media] | None = None) ->
     elif value.get("prompt") is not None and value.get("completion") is not None:
         said = [*_side(value, "prompt", "user"), *_side(value, "completion", "assistant")]
     elif value.get("instruction") is not None and value.get("output") is not None:
-        said = [("user", _alpaca(value)), ("assistant", value["output"])]
+        said = [("user", _alpaca(value), {}), ("assistant", value["output"], {})]
     else:
         got = ", ".join(f"{name} (null)" if x is None else str(name) for name, x in value.items())
         raise ValueError(f"expected {SCHEMAS}, got {got or 'no field'}")
-    messages = [_message(number, *each, media) for number, each in enumerate(said, 1)]
+    messages: list[Message] = [
+        {**_message(number, role, content, media, called := _calls(number, entry)), **called}
+        for number, (role, content, entry) in enumerate(said, 1)
+    ]
     if media is not None and not media_of(messages) and (beside := [name for name in BESIDE if value.get(name)]):
         kind = BESIDE[beside[0]]
         part = f'{{"type": "{kind}", "{kind}": FILE}}'
         raise ValueError(f"{beside[0]!r} stands beside what is said: put {part} into the content of the message")
-    _check_turns([m["role"] for m in messages])
-    return messages if messages[-1]["role"] == "assistant" else messages[:-1]
+    _check_turns(messages)
+    while messages[-1]["role"] != "assistant":
+        messages.pop()
+    return messages
+
+
+def tools_of(value: dict[str, Any]) -> list[Tool]:
+    """Returns the functions in `tools` of an object; raises ValueError if they are not described as OpenAI's."""
+    tools = value.get("tools") or []
+    if isinstance(tools, str):  # some files hold them as JSON in a string
+        tools = _json("tools", tools)
+    if not isinstance(tools, list):
+        raise ValueError(f"tools must be a list, got {_kind(tools)}")
+    for number, tool in enumerate(tools, 1):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f'tool {number}: expected {{"type": "function", "function": {{"name": …, …}}}}')
+    return [described(tool["function"]) for tool in tools]
+
+
+def _calls(number: int, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a message of OpenAI's schema holds beside its content: calls, the call it answers, its weight."""
+    found: dict[str, Any] = {}
+    if entry.get("role") == "tool":
+        found = {"tool_call_id": entry.get("tool_call_id"), **({"name": entry["name"]} if entry.get("name") else {})}
+    if entry.get("weight") is not None:
+        if entry["weight"] not in (0, 1):
+            raise ValueError(f"message {number}: its weight must be 0 or 1, got {entry['weight']!r}")
+        found["weight"] = entry["weight"]
+    calls = entry.get("tool_calls")
+    if not calls:
+        return found
+    if entry.get("role") != "assistant" or not isinstance(calls, list):
+        raise ValueError(f"message {number}: tool_calls must be a list in an assistant's message")
+    made = []
+    for nth, call in enumerate(calls, 1):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f"message {number}: tool call {nth} names no function")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _json(f"message {number}: the arguments of tool call {nth}", arguments)
+        if not isinstance(arguments, dict):
+            got = _kind(arguments)
+            raise ValueError(f"message {number}: the arguments of tool call {nth} must be an object, got {got}")
+        made.append({"id": call.get("id"), "type": "function", "function": {**function, "arguments": arguments}})
+    return {**found, "tool_calls": made}
+
+
+def _json(what: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{what} are not JSON ({error})") from None
 
 
 def _alpaca(value: dict[str, Any]) -> Any:
@@ -160,21 +230,31 @@ def _alpaca(value: dict[str, Any]) -> Any:
     return f"{asked}\n\n{given}" if given.strip() else asked
 
 
-def _listed(name: str, value: Any, role: str, content: str) -> list[tuple[Any, Any]]:
-    """Returns (role, content) of each entry of a list under `name`."""
+Said = tuple[Any, Any, Mapping[str, Any]]
+"""Role, content, and the entry that holds both in a schema of messages."""
+
+
+def _listed(name: str, value: Any, role: str, content: str) -> list[Said]:
+    """Returns what each entry of a list under `name` says; one that calls tools needs no content."""
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         raise ValueError(f"{name} must be a list of objects")
     for number, entry in enumerate(value, 1):
-        if missing := [field for field in (role, content) if field not in entry]:
+        needed = (role,) if entry.get("tool_calls") else (role, content)
+        if missing := [field for field in needed if field not in entry]:
             raise ValueError(f"{name}, entry {number}: has no {missing[0]!r}")
-    return [(entry[role], entry[content]) for entry in value]
+    return [
+        (entry[role], "" if entry.get(content) is None and entry.get("tool_calls") else entry[content], entry)
+        for entry in value
+    ]
 
 
-def _side(value: dict[str, Any], name: str, role: str) -> list[tuple[Any, Any]]:
-    return _listed(name, value[name], "role", "content") if isinstance(value[name], list) else [(role, value[name])]
+def _side(value: dict[str, Any], name: str, role: str) -> list[Said]:
+    return _listed(name, value[name], "role", "content") if isinstance(value[name], list) else [(role, value[name], {})]
 
 
-def _message(number: int, role: Any, content: Any, media: Callable[[str, str], Media] | None) -> Message:
+def _message(
+    number: int, role: Any, content: Any, media: Callable[[str, str], Media] | None, called: Mapping[str, Any]
+) -> Message:
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"message {number} is by {role!r}, expected one of {', '.join(ROLES)}")
     if not isinstance(content, str | list):
@@ -189,7 +269,7 @@ def _message(number: int, role: Any, content: Any, media: Callable[[str, str], M
         found = ["".join(map(str, found)).strip()]
     elif ROLES[role] == "assistant":
         raise ValueError(f"message {number}, by {role}, holds more than text, and models here write text alone")
-    if not any(found):
+    if not any(found) and not called.get("tool_calls"):
         raise ValueError(f"message {number}, by {role}, is empty")
     return {"role": ROLES[role], "content": found[0] if isinstance(found[0], str) and len(found) == 1 else found}
 
@@ -217,11 +297,17 @@ def _kind(value: Any) -> str:
     return "an empty string" if value == "" else names.get(type(value), "a number")
 
 
-def _check_turns(roles: list[str]) -> None:
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    for number, role in enumerate(turns, 1 + len(roles) - len(turns)):
-        wanted = "user" if (number - len(roles) + len(turns)) % 2 else "assistant"
-        if role != wanted:
-            raise ValueError(f"message {number} is by the {role}, expected the {wanted}")
-    if len(turns) < 2:
+def _check_turns(messages: list[Message]) -> None:
+    """Raises ValueError if the speakers do not take turns: user and assistant, with tools after their calls."""
+    first = int(bool(messages) and messages[0]["role"] == "system")
+    wanted: tuple[str, ...] = ("user",)
+    for number, message in enumerate(messages[first:], 1 + first):
+        role = message["role"]
+        if role not in wanted:
+            raise ValueError(f"message {number} is by the {role}, expected the {' or the '.join(wanted)}")
+        if role == "assistant":
+            wanted = ("tool",) if message.get("tool_calls") else ("user",)
+        else:
+            wanted = ("assistant", "tool") if role == "tool" else ("assistant",)
+    if len(messages) - first < 2:
         raise ValueError("nobody answers in it")

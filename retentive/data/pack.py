@@ -323,11 +323,11 @@ def _spelt(conversations: Iterable[Conversation], template: ChatTemplate) -> Ite
 def _taught(template: ChatTemplate, batch: list[Conversation]) -> list[tuple[list[int], list[bool]]]:
     """Calls `ChatTemplate.taught`; an error names the first conversation that the template refuses."""
     try:
-        return template.taught([each.messages for each in batch])
+        return template.taught([each.messages for each in batch], [each.tools for each in batch])
     except ValueError as error:
         for each in batch:
             try:
-                template.taught([each.messages])
+                template.taught([each.messages], [each.tools])
             except ValueError as refused:
                 raise ValueError(f"{each.name}: {refused}") from None
         raise error

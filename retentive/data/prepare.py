@@ -165,7 +165,7 @@ def _template(tokenizer: Tokenizer, config: DataConfig) -> ChatTemplate:
 def _spelt(template: ChatTemplate, conversation: Conversation) -> list[str]:
     """Calls `ChatTemplate.texts`; errors name the conversation."""
     try:
-        return template.texts(conversation.messages)
+        return template.texts(conversation.messages, conversation.tools)
     except ValueError as error:
         raise ValueError(f"{conversation.name}: {error}") from None
 

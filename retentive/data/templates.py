@@ -20,7 +20,7 @@ from typing import Any
 
 from retentive.data.media import KINDS, placeholder, placeholder_id, placeholders, text_of
 from retentive.data.tokenizer import END_OF_TEXT, Tokenizer
-from retentive.data.tools import Notation, find_notation
+from retentive.data.tools import Call, Notation, find_notation
 
 TEMPLATE = "chat_template.jinja"
 """File of a model folder that holds its chat template."""
@@ -34,7 +34,24 @@ BUILT_IN = """\
 {%- endfor -%}
 Assistant:"""
 
-TURNS = BUILT_IN.replace("| trim }}\n{% endif", "| trim }}{{ eos_token if message.role == 'assistant' }}\n{% endif")
+TURNS = """\
+{{- eos_token -}}
+{%- if tools %}Tools:
+{% for tool in tools %}{{ tool.function | tojson }}
+{% endfor %}
+
+{% endif -%}
+{%- for message in messages -%}
+{%- if message.role == 'system' %}{{ message.content | trim }}
+
+{% elif message.role == 'assistant' %}Assistant: {{ message.content | trim }}
+{%- for call in message.tool_calls %}{{ '\\n' if loop.index > 1 or message.content }}<tool_call>\
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>{% endfor %}\
+{{ eos_token }}
+{% else %}{{ 'User' if message.role == 'user' else 'Tool' }}: {{ message.content | trim }}
+{% endif -%}
+{%- endfor -%}
+Assistant:"""
 """Template for training on conversations if the model has none: an answer ends with end-of-text. A model that was not
 trained this way starts another document there, so BUILT_IN suits it better."""
 
@@ -109,17 +126,23 @@ class ChatTemplate:
             raise ValueError("the chat template does not show each message once: a session cannot go on with it")
         return self._encode(after)
 
-    def taught(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[bool]]]:
-        """Returns (ids, True for each id of an answer) of whole conversations, for training.
+    def taught(
+        self, conversations: Sequence[Sequence[Message]], tools: Sequence[Sequence[Tool]] | None = None
+    ) -> list[tuple[list[int], list[bool]]]:
+        """Returns (ids, True for each id of an answer that is learnt) of whole conversations, for training.
 
-        An answer includes the token that ends it. The ids equal those of `first`, the answers and `next` in turn, so
-        training sees what a session reads.
+        An answer includes its tool calls and the token that ends it. It is not learnt if its message has the `weight`
+        0. The ids equal those of `first`, the answers and `next` in turn, so training sees what a session reads.
+
+        Args:
+            tools: functions that each conversation may call; None: none.
 
         Raises:
             ValueError: the template refuses the messages or cannot be trained with: it does not show each answer once,
                 right after its prompt for one, or it ends answers with no special token.
         """
-        spelt = [self._spelt(self._shielded(messages)) for messages in conversations]
+        tools = tools or [()] * len(conversations)
+        spelt = [self._spelt(messages, of_one) for messages, of_one in zip(conversations, tools, strict=True)]
         # one call for all texts: one per text would take most of the time
         texts = iter(self.tokenizer.encode_batch([x for each in spelt for x, _ in each if isinstance(x, str)]))
         found = []
@@ -132,13 +155,13 @@ class ChatTemplate:
             found.append((ids, answers))
         return found
 
-    def texts(self, messages: Sequence[Message]) -> list[str]:
+    def texts(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[str]:
         """Returns the separately encoded texts of a conversation, to learn a tokenizer from.
 
         Raises:
             ValueError: as `taught`.
         """
-        return [x for x, _ in self._spelt(self._shielded(messages)) if isinstance(x, str)]
+        return [x for x, _ in self._spelt(messages, tools) if isinstance(x, str)]
 
     def pieces(self) -> dict[str, Any]:
         """Returns the template in pieces, for programs without jinja, each as texts and special tokens' ids in turn.
@@ -171,25 +194,36 @@ class ChatTemplate:
         apart = {name: [x for x, _ in self._split(part, False)] for name, part in parts.items()}
         return {**apart, "trim": trim, "ends": sorted(self.stop_ids), "stop": list(self.stop)}
 
-    def _spelt(self, messages: Sequence[Message]) -> list[tuple[str | int, bool]]:
-        """Returns a conversation as texts and special tokens, each with True if it belongs to an answer."""
-        answers = [m["content"] for m in messages if m["role"] == "assistant"]
-        blank = [m if m["role"] != "assistant" else {**m, "content": ANSWER} for m in messages]
-        parts = self._render(blank).split(ANSWER)
+    def _spelt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[tuple[str | int, bool]]:
+        """Returns a conversation as texts and special tokens, each with True if it belongs to an answer to learn."""
+        said = self._shielded(messages)
+        answers = [message for message in said if message["role"] == "assistant"]
+        learnt = [answer.get("weight", 1) != 0 for answer in answers]
+        blank = [m if m["role"] != "assistant" else {"role": m["role"], "content": ANSWER} for m in said]
+        parts = self._render(blank, tools=self._shielded_all(list(tools))).split(ANSWER)
         if len(parts) != len(answers) + 1:
             raise ValueError("the chat template does not show each answer once: it cannot be taught")
         lead = self._lead
         spelt: list[tuple[str | int, bool]] = []
-        for before, answer in zip(parts, answers, strict=False):
+        for before, answer, now, then in zip(parts, answers, learnt, [False, *learnt], strict=False):
             if not before.endswith(lead):
                 raise ValueError(f"the chat template does not put {lead!r} before each answer: it cannot be taught")
             start = 0
             if spelt:
                 start = self._end_of_answer(before)
-                spelt += self._split(before[:start], True)
+                spelt += self._split(before[:start], then)
             spelt += self._split(before[start : len(before) - len(lead)], False)
-            spelt += self._split(lead + answer, True)
-        return spelt + self._split(parts[-1][: self._end_of_answer(parts[-1])], True)
+            spelt += self._split(self._answer(answer), now)
+        return spelt + self._split(parts[-1][: self._end_of_answer(parts[-1])], learnt[-1])
+
+    def _answer(self, message: Message) -> str:
+        """Returns all that the model writes for an assistant's shielded message: its text and its tool calls."""
+        calls = [call["function"] for call in message.get("tool_calls", ())]
+        lead, text = self._lead, message["content"]
+        if not calls:
+            return lead + text
+        made = [Call(call["name"], json.dumps(call["arguments"], ensure_ascii=False)) for call in calls]
+        return (lead if text else "") + self.notation.answer(text, made)
 
     @functools.cached_property
     def _lead(self) -> str:

@@ -20,6 +20,9 @@ TOOL = {
     "function": {"name": "example_tool", "description": "", "parameters": {"type": "object", "properties": {}}},
 }
 
+NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+"""Schema of the arguments of a function without parameters: an empty object."""
+
 Render = Callable[..., str]
 """Renders messages: `(messages, ask=…, tools=…)`."""
 
@@ -36,6 +39,8 @@ class Call(NamedTuple):
 class Notation:
     """Text around the names and arguments of the calls in an answer."""
 
+    lead: str
+    """White space before the first call of an answer without text."""
     gap: str
     """White space between the answer's text and the first call."""
     begin: str
@@ -47,9 +52,12 @@ class Notation:
     end: str
     """Text after the arguments of the last call."""
 
-    def text(self, calls: Sequence[Call]) -> str:
-        """Returns the text of one or more calls."""
-        return self.begin + (self.between or "").join(f"{c.name}{self.middle}{c.arguments}" for c in calls) + self.end
+    def answer(self, text: str, calls: Sequence[Call]) -> str:
+        """Returns an answer of a text, which may be empty, and calls; raises ValueError for more than it can have."""
+        if len(calls) > 1 and self.between is None:
+            raise ValueError(f"the chat template shows one tool call in an answer, got {len(calls)}")
+        called = (self.between or "").join(f"{call.name}{self.middle}{call.arguments}" for call in calls)
+        return f"{text}{self.gap if text else self.lead}{self.begin}{called}{self.end}" if calls else text
 
     def certain(self, text: str) -> int:
         """Returns how many first characters of a growing answer belong to no call, whatever follows."""
@@ -103,6 +111,7 @@ def find_notation(render: Render, special: re.Pattern[str]) -> Notation:
     if TOOL["function"]["name"] not in render(question, tools=[TOOL]):  # type: ignore[index]
         raise ValueError("its chat template shows no tools")
     gap, (begin, middle), after = _shown(render, question, NAMES[:1])
+    lead, _, _ = _shown(render, question, NAMES[:1], text="")
     end = special.search(after)
     if end is None:
         raise ValueError("its chat template ends tool calls with no special token")
@@ -112,18 +121,22 @@ def find_notation(render: Render, special: re.Pattern[str]) -> Notation:
         between = None
     if special.search(begin + middle + (between or "")):
         raise ValueError("its chat template writes tool calls with special tokens, which is not served")
-    return Notation(gap, begin, middle, between, after[: end.start()])
+    return Notation(lead, gap, begin, middle, between, after[: end.start()])
 
 
-def _shown(render: Render, question: list[Any], names: Sequence[str]) -> tuple[str, list[str], str]:
-    """Returns (white space before the calls, texts before each name and each arguments, text after the last)."""
+def _shown(render: Render, question: list[Any], names: Sequence[str], text: str = TEXT) -> tuple[str, list[str], str]:
+    """Returns (white space before the calls, texts before each name and each arguments, text after the last).
+
+    Args:
+        text: content of the answer that calls.
+    """
     calls = [
         {"id": f"example0{n}", "type": "function", "function": {"name": name, "arguments": {KEY: 1}}}
         for n, name in enumerate(names)
     ]
-    answer = {"role": "assistant", "content": TEXT, "tool_calls": calls}
+    answer = {"role": "assistant", "content": text, "tool_calls": calls}
     shown = render([*question, answer], ask=False, tools=[TOOL])
-    if TEXT not in shown:  # a template that shows the calls of an answer, or its text, but not both
+    if TEXT not in shown:  # none is given, or the template shows the calls of an answer, or its text, but not both
         asked = render(question, tools=[TOOL])
         shown = render([*question, {**answer, "content": ""}], ask=False, tools=[TOOL])
         if not shown.startswith(asked):
@@ -145,6 +158,17 @@ def _shown(render: Render, question: list[Any], names: Sequence[str]) -> tuple[s
     if not begin or not parts[1]:
         raise ValueError("its chat template marks no beginning of a tool call")
     return parts[0][: len(parts[0]) - len(begin)], [begin, *parts[1:]], rest
+
+
+def described(function: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a function as chat templates are given it, with the same fields in training and in serving.
+
+    Args:
+        function: OpenAI's description: `name`, and perhaps `description` and `parameters`, a JSON schema.
+    """
+    parameters = function.get("parameters") or NO_PARAMETERS
+    known = {"name": function["name"], "description": function.get("description") or "", "parameters": parameters}
+    return {"type": "function", "function": known}
 
 
 def check_arguments(text: str) -> dict[str, Any]:

@@ -269,7 +269,7 @@ def loss(
 ) -> list[dict[str, Any]]:
     """Returns the row of the references' loss; none if the template cannot be trained with and ends no answer."""
     try:
-        spelt = template.taught([each.messages for each in conversations])
+        spelt = template.taught([each.messages for each in conversations], [each.tools for each in conversations])
     except ValueError:
         return []
     asked = []

@@ -89,7 +89,7 @@ def tool_calls(
         for name, schema in tools.items()
     ]
     more = f"({json.dumps(notation.between)} call)*" if several and notation.between else ""
-    begin, end = json.dumps(notation.begin), json.dumps(notation.end)
+    begin, end = json.dumps(notation.lead * required + notation.begin), json.dumps(notation.end)
     lines = [
         "%llguidance {}",
         f"start: {'' if required else 'text | '}begin call {more} {end}",

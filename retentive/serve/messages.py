@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from retentive.data.tools import check_arguments
+from retentive.data.tools import NO_PARAMETERS, check_arguments, described
 from retentive.serve.errors import Refused
 
 
@@ -116,12 +116,11 @@ class Tool(Body):
     @property
     def schema_of_arguments(self) -> dict[str, Any]:
         """JSON schema of the arguments; of an empty object if none is given."""
-        return self.function.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
+        return self.function.parameters or NO_PARAMETERS
 
     def described(self) -> dict[str, Any]:
         """Returns the tool as chat templates expect it."""
-        known = {"name": self.function.name, "description": self.function.description or ""}
-        return {"type": "function", "function": {**known, "parameters": self.schema_of_arguments}}
+        return described(self.function.model_dump())
 
 
 class NamedFunction(Body):

@@ -62,6 +62,49 @@ def test_a_system_message_comes_first():
     assert messages_of({"messages": said}) == said
 
 
+CALL = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+CALLED = [
+    {"role": "user", "content": "Rome?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "a", "content": "rain"},
+    {"role": "assistant", "content": "It rains.", "weight": 1},
+]
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+
+
+def test_calls_of_tools(tmp_path):
+    """OpenAI's files: arguments become objects, and what no answer follows is dropped."""
+    file = lines(tmp_path / "a.jsonl", {"messages": [*CALLED, *CALLED[:3], CALLED[2]], "tools": TOOLS})
+    [found] = chats(file)
+    [call] = found.messages[1]["tool_calls"]
+    assert call["function"] == {"name": "weather", "arguments": {"city": "Rome"}} and found.messages[1]["content"] == ""
+    assert found.messages[2] == CALLED[2] and found.messages[3]["weight"] == 1
+    assert [m["role"] for m in found.messages[-3:]] == ["assistant", "user", "assistant"]
+    assert found.tools[0]["function"] == {"name": "weather", "description": "", "parameters": {"type": "object"}}
+    assert found.text.split("\n")[:4] == ["Rome?", "", 'weather {"city": "Rome"}', "rain"]
+    [again] = chats(lines(tmp_path / "b.jsonl", {"messages": CALLED, "tools": json.dumps(TOOLS)}))
+    assert again.tools == found.tools
+
+
+@pytest.mark.parametrize(
+    ("tools", "words"),
+    [
+        ({}, None),
+        ({"a": 1}, "tools must be a list, got an object"),
+        ("[", "tools are not JSON"),
+        ([{"name": "f"}], 'tool 1: expected {"type": "function"'),
+    ],
+    ids=str,
+)
+def test_descriptions_of_tools(tools, words, tmp_path, refuses):
+    file = lines(tmp_path / "a.jsonl", {"messages": CALLED, "tools": tools})
+    if words is None:
+        assert list(next(chats(file)).tools) == []
+        return
+    with refuses(words):
+        list(chats(file))
+
+
 BAD = {
     "a list": ([SAID], "expected an object, got a list"),
     "text": (
@@ -71,7 +114,20 @@ BAD = {
     "nothing": ({}, "got no field"),
     "no list": ({"messages": "Hi"}, "messages must be a list of objects"),
     "no role": ({"messages": [{"content": "Hi"}]}, "messages, entry 1: has no 'role'"),
-    "a tool": ({"messages": [*SAID[:1], turn("tool", "7")]}, "message 2 is by 'tool', expected one of system, user"),
+    "a tool": ({"messages": [*SAID[:1], turn("tool", "7")]}, "message 2 is by the tool, expected the assistant"),
+    "a wizard": ({"messages": [*SAID[:1], turn("wizard", "7")]}, "message 2 is by 'wizard', expected one of system"),
+    "no answer of a tool": ({"messages": [*CALLED[:2], *SAID]}, "message 3 is by the user, expected the tool"),
+    "a call by the user": ({"messages": [SAID[0] | {"tool_calls": [CALL]}]}, "in an assistant's message"),
+    "a call of nothing": ({"messages": [SAID[0], {"role": "assistant", "tool_calls": [{}]}]}, "names no function"),
+    "arguments cut off": (
+        {"messages": [SAID[0], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+        "message 2: the arguments of tool call 1 are not JSON (Expecting property name",
+    ),
+    "a list of arguments": (
+        {"messages": [SAID[0], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]}]},
+        "message 2: the arguments of tool call 1 must be an object, got a list",
+    ),
+    "half a weight": ({"messages": [SAID[0], SAID[1] | {"weight": 0.5}]}, "message 2: its weight must be 0 or 1"),
     "out of order": ({"messages": SAID[1:]}, "message 1 is by the assistant, expected the user"),
     "twice": ({"messages": [SAID[0], *SAID]}, "message 2 is by the user, expected the assistant"),
     "system twice": ({"messages": [turn("system", "a"), turn("system", "b")]}, "message 2 is by the system, expected"),

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from retentive.data.templates import BUILT_IN, ChatTemplate
+from retentive.data.templates import BUILT_IN, TURNS, ChatTemplate
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.data.tools import Call, check_arguments
+from retentive.data.tools import Call, check_arguments, described
 
 HEAD = "{{ eos_token }}{% if tools %}{% for t in tools %}{{ t | tojson }}\n{% endfor %}{% endif %}"
 ASK = "{% if add_generation_prompt %}Bot: {% endif %}"
@@ -53,7 +53,42 @@ def test_calls_are_read_as_the_template_writes_them(body, several):
     written = ByteTokenizer().decode(shown.first([question, answer]))
     after = written.split("Bot: ")[1].strip()
     assert shown.notation.split(after) == (text, calls)
-    assert text + (shown.notation.gap if text else "") + shown.notation.text(calls) == after
+    assert shown.notation.answer(text, calls) == after
+
+
+@pytest.mark.parametrize("learnt", [1, 0])
+@pytest.mark.parametrize("text", ["Let me see.", ""])
+@pytest.mark.parametrize("source", [TURNS, HEAD + TAGS + ASK, HEAD + NAMED + ASK], ids=["turns", "tags", "named"])
+def test_what_is_taught_is_what_is_read(source, text, learnt):
+    """Ids of training equal those of a prompt with the same history, and answers are learnt with their calls."""
+    tokenizer = ByteTokenizer()
+    shown = ChatTemplate(source, tokenizer, tokenizer.special, own=True)
+    calls = [{"function": {"name": "f", "arguments": {"a": n}}} for n in range(2)]
+    said = [
+        {"role": "user", "content": "Now?"},
+        {"role": "assistant", "content": text, "tool_calls": calls, "weight": learnt},
+        {"role": "tool", "content": "<|endoftext|>"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    tools = [described({"name": "f"})]
+    [(ids, answers)] = shown.taught([said], [tools])
+    asked = shown.first(said, tools)
+    assert ids == asked[: len(ids)]
+    read = tokenizer.decode([id for id, answer in zip(ids, answers, strict=True) if answer])
+    assert ('{"a": 1}' in read) == bool(learnt) and read.endswith("Yes.") and "Now" not in read
+    first = tokenizer.decode([id for id, answer in zip(ids, answers, strict=True) if answer]).split("Yes.")[0].strip()
+    if learnt:
+        assert shown.notation.split(first.removeprefix("Assistant:").strip())[0] == text
+        assert len(shown.notation.split(first)[1]) == 2
+
+
+def test_more_calls_than_the_template_shows():
+    said = [
+        {"role": "user", "content": "Now?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}] * 2},
+    ]
+    with pytest.raises(ValueError, match="the chat template shows one tool call in an answer, got 2"):
+        template(BARE).taught([said])
 
 
 def test_text_is_given_out_until_a_call_may_begin():
