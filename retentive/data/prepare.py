@@ -68,6 +68,7 @@ def prepare(
     encoded: dict[str, dict[str, Any]] | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = warnings.warn,
+    advise: bool = True,
     **options: Any,
 ) -> Meta:
     """Writes the packed folder `out` atomically and returns its meta.
@@ -78,6 +79,7 @@ def prepare(
             encoder's config except the token; `multimodal.prepare` passes both.
         progress: called with the progress so far.
         say: called with a line about files left out, and about held-out files that are also trained on.
+        advise: name options of `retentive data` in error messages.
         options: fields of `DataConfig`.
 
     Raises:
@@ -94,11 +96,11 @@ def prepare(
     check_free(out, overwrite=config.overwrite)
     report = progress or (lambda stage, done, total: None)
     # First, since missing sources raise here. Learning a tokenizer reads the sources once more.
-    train, valid = _splits(sources, config, say, media)
+    train, valid = _splits(sources, config, say, media, advise)
     everything = sources if config.valid is None else [*sources, config.valid]
     with only_writer(Path(out)):
         check_free(out, overwrite=config.overwrite)  # another process may have written it meanwhile
-        tokenizer = _tokenizer(sources, config, report, media)
+        tokenizer = _tokenizer(sources, config, report, media, advise)
         template = _template(tokenizer, config) if config.chats else None
         rows = {kind: {"token": placeholder_id(kind, tokenizer), **how} for kind, how in (encoded or {}).items()}
         advance = _adding_up(report, "packing", everything, config)
@@ -106,12 +108,14 @@ def prepare(
 
 
 def _splits(
-    sources: Sequence[str | Path], config: DataConfig, say: Callable[[str], None], media: Open | None = None
+    sources: Sequence[str | Path], config: DataConfig, say: Callable[[str], None], media: Open | None, advise: bool
 ) -> tuple[Iterator[Any], Iterator[Any]]:
+    how: dict[str, Any] = {"on_bad_text": config.on_bad_text, "say": say, "advise": advise}
+
     def read(source: str | Path) -> Iterator[Document | Conversation]:
         if config.chats:
-            return chats(source, media=media, on_bad_text=config.on_bad_text, say=say)
-        return documents(source, on_bad_text=config.on_bad_text, field=config.field, suffixes=config.suffix, say=say)
+            return chats(source, media=media, **how)
+        return documents(source, field=config.field, suffixes=config.suffix, **how)
 
     everything = itertools.chain(*[read(source) for source in sources])  # a list, so that missing sources raise now
     if config.valid is not None:
@@ -134,11 +138,13 @@ def _read_files(source: str | Path, config: DataConfig) -> list[Path]:
     return list((chat_files(source) if config.chats else source_files(source, config.suffix)).values())
 
 
-def _tokenizer(sources: Sequence[str | Path], config: DataConfig, report: Progress, media: Open | None) -> Tokenizer:
+def _tokenizer(
+    sources: Sequence[str | Path], config: DataConfig, report: Progress, media: Open | None, advise: bool
+) -> Tokenizer:
     """Returns the tokenizer that the config names, or learns one from the training text."""
     if config.tokenizer != "train":
         return load_tokenizer(config.tokenizer)
-    train, _ = _splits(sources, config, lambda remark: None, media)  # held-out text stays unseen
+    train, _ = _splits(sources, config, lambda remark: None, media, advise)  # held-out text stays unseen
     hub = any(str(source).startswith("hf:") for source in sources)
     if config.chats:  # include the template's own words, which are in every conversation
         template = _template(ByteTokenizer(), config)

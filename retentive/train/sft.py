@@ -145,7 +145,7 @@ class SftRun(TrainRun):
         if (folder / "meta.json").is_file():
             return False
         base = ModelFolder.open(self.init)
-        options: dict[str, Any] = {"tokenizer": str(base.path), "template": self.template, "say": say}
+        options: dict[str, Any] = {"tokenizer": str(base.path), "template": self.template, "say": say, "advise": False}
         options |= {"valid": self.valid, "valid_fraction": self.valid_fraction}
         with shown() as progress:
             if base.encoders:  # conversations may have pictures and sound

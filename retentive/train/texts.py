@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from retentive.data.prepare import Progress, prepare
 from retentive.data.sources import source_files
@@ -40,9 +41,8 @@ def packed(sources: Sequence[Path], out: Path, *, tokenizer: str, shown: Shown, 
     if not (folder / "meta.json").is_file():
         say(f"packing {', '.join(map(str, sources))} into {folder}", quiet=quiet)
         with shown() as progress:
-            prepare(
-                list(sources), folder, tokenizer=tokenizer, progress=progress, say=lambda line: say(line, quiet=quiet)
-            )
+            how: dict[str, Any] = {"tokenizer": tokenizer, "progress": progress, "advise": False}
+            prepare(list(sources), folder, say=lambda line: say(line, quiet=quiet), **how)
     return folder
 
 

@@ -119,3 +119,10 @@ def test_bad_input_leaves_nothing(content, argv, words, place, capsys):
     said = capsys.readouterr().err
     assert stop.value.code == 2 and words in said.splitlines()[-1]
     assert not list(place.glob("runs/*"))
+
+
+def test_a_file_that_is_no_text_names_no_option_of_another_command(tmp_path):
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 20)
+    with pytest.raises(ValueError, match=r"convert it or leave it out$"):
+        retentive.train(tmp_path / "binary.txt", tmp_path / "run", steps=2)
+    assert not (tmp_path / "run").exists() and [file.name for file in tmp_path.iterdir()] == ["binary.txt"]
