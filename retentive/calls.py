@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -260,7 +260,8 @@ def chat(
         memory: memory to start from, or its file.
         template: file of a chat template to use instead of the model's own.
         max_tokens: maximum tokens of an answer.
-        sampling: fields of `SamplingParams`: `temperature=0.2, top_p=0.9, repetition_penalty=1.1, seed=1`, …
+        sampling: fields of `SamplingParams`: `temperature=0.2, top_p=0.9, repetition_penalty=1.1, seed=1`, …; others
+            are as in the model's generation_config.json, or 0.8 and top_p 0.95 without one.
 
     Raises:
         TypeError: a field of `sampling` does not exist.
@@ -276,12 +277,12 @@ def chat(
     file = None if template is None else Path(template)
     if isinstance(model, LanguageModel):
         own, words = opened(model, tokenizer)
-        found = load_template({}, words, file)
+        found, default = load_template({}, words, file), TEXT
     else:
         folder = ModelFolder.open(model)
         own, words = opened(folder, tokenizer)
-        found = folder.template(words, file)
-    params = SamplingParams(**sampling) if sampling else TEXT
+        found, default = folder.template(words, file), folder.sampling or TEXT
+    params = replace(default, **sampling)
     return Chat(own, words, found, memory=memory, max_tokens=max_tokens, sampling=params)
 
 

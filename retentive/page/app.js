@@ -481,6 +481,9 @@ async function open() {
   $("cache").hidden = !cacheBytes;
   blankBytes = info.state_bytes;
   $("max_tokens").max = info.max_tokens;
+  for (const [name, value] of Object.entries(info.sampling ?? {})) { // as its makers recommend
+    if ($(name) && $(name).value === $(name).defaultValue) $(name).value = value;
+  }
   offered = info.media ?? [];
   offer();
   $("model").textContent = model = info.model;

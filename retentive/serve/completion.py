@@ -25,6 +25,7 @@ from retentive.infer.conversation import Conversation
 from retentive.infer.generate import check_prompt
 from retentive.infer.requests import Constraint, Full, Returns
 from retentive.infer.text import Text
+from retentive.sampling import SamplingParams
 from retentive.serve.async_engine import Mailbox
 from retentive.serve.choices import Choice, Delta, Prompt
 from retentive.serve.errors import Refused, try_later
@@ -63,7 +64,8 @@ class Completion:
     def __init__(self, service: Service, request: ChatRequest | CompletionRequest, owner: str, request_id: str = ""):
         self.service, self.request, self.owner, self.request_id = service, request, owner, request_id
         self.began = time.perf_counter()
-        self.n, self.top, self.params = request.n or 1, request.logprob_count, request.sampling()
+        self.n, self.top = request.n or 1, request.logprob_count
+        self.params = request.sampling(service.sampling or SamplingParams())
         self.max_tokens = request.length(service.options.max_tokens)
         self.conversation: Conversation = service.new_conversation()
         self.mailbox = Mailbox()

@@ -6,6 +6,7 @@ itself into prompts (`prompts`) and sampling parameters (`sampling`); `completio
 
 import asyncio
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
@@ -184,18 +185,13 @@ class Generation(Body, ABC):
         if self.session is not None and (self.n or 1) > 1:
             raise Refused(400, "a session goes on in one way: n must be 1", param="n")
 
-    def sampling(self) -> SamplingParams:
-        """Returns the sampling parameters, by default OpenAI's."""
-        temperature = 1.0 if self.temperature is None else self.temperature
-        return SamplingParams(
-            temperature=temperature if temperature >= COLDEST else 0,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k or 0,
-            min_p=self.min_p or 0.0,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            bias=self._bias(),
-            seed=self.seed,
-        )
+    def sampling(self, default: SamplingParams) -> SamplingParams:
+        """Returns the sampling parameters: those of the request, and the default's for the others."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if given.get("temperature", 1.0) < COLDEST:
+            given["temperature"] = 0
+        return replace(default, **given, bias=self._bias(), seed=self.seed)
 
     def _bias(self) -> dict[int, float]:
         """Returns logit_bias with ids as keys, which are strings in JSON."""

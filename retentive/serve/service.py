@@ -13,6 +13,7 @@ from typing import Any
 
 from retentive import __version__, machine
 from retentive.checkpoint import ModelFolder
+from retentive.checkpoint.folder import SAMPLED
 from retentive.data.templates import ChatTemplate
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.cache import PrefixCache
@@ -22,6 +23,7 @@ from retentive.models import LanguageModel, cost
 from retentive.models.encoders import encoders_of
 from retentive.native import with_engine
 from retentive.options import option
+from retentive.sampling import SamplingParams
 from retentive.serve.async_engine import AsyncEngine
 from retentive.serve.errors import Refused, try_later
 from retentive.serve.media import OpenMedia, senses
@@ -58,6 +60,8 @@ class Service:
     in_flight: int = 0
     """Number of completions in flight."""
     draining: bool = False
+    sampling: SamplingParams | None = None
+    """Sampling that the model's makers recommend, for requests that leave fields out; None: OpenAI's defaults."""
     adapters: "dict[str, Service]" = field(default_factory=dict)
     """Services of the same model with an adapter each, by the adapter's name in requests."""
 
@@ -155,6 +159,7 @@ class Service:
             "max_prompt": self.options.max_prompt,
             "tokenizer": {"vocab_size": self.tokenizer.vocab_size, "sha256": self.tokenizer.sha256},
             "chat": self.template.own,
+            "sampling": self.sampling and {name: getattr(self.sampling, name) for name in SAMPLED},
             "media": sorted(encoders_of(self.model)),
             "version": __version__,
         }
@@ -188,8 +193,9 @@ def open_service(
     states = options.states or folder.path / "states"
 
     def service(name: str, change: ModelFolder | None, states: Path, **more: Any) -> Service:
-        template = (change or folder).template(found, options.template)
-        return Service(name, load(folder, change), found, template, options, states, **more)
+        of = change or folder
+        template = of.template(found, options.template)
+        return Service(name, load(folder, change), found, template, options, states, sampling=of.sampling, **more)
 
     if not isinstance(adapter, Mapping):
         change = None if adapter is None else ModelFolder.open(adapter)

@@ -17,6 +17,7 @@ import retentive
 from retentive.checkpoint import ModelFolder, fla, save_model, torchscale
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.models import ARCHITECTURES, build, hybrid, retnet, transformer
+from retentive.sampling import SamplingParams
 from tests.configs import changed
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
@@ -238,6 +239,32 @@ def test_arguments_of_the_wrong_type(saved, refuses):
     assert retentive.load(saved[1], dtype="bfloat16")[0].dtype == torch.bfloat16
     with refuses("`weights='int3'`: expected one of stored, int8, int4"):
         retentive.load(saved[1], weights="int3")
+
+
+@pytest.mark.parametrize(
+    ("said", "want"),
+    [
+        (None, None),
+        ('{"eos_token_id": 2}', None),
+        ('{"temperature": 0.6, "top_k": 20, "top_p": 0.95}', SamplingParams(temperature=0.6, top_k=20, top_p=0.95)),
+        ('{"do_sample": false, "temperature": 0.6}', SamplingParams(temperature=0)),
+        ('{"do_sample": false}', None),
+    ],
+    ids=str,
+)
+def test_the_sampling_that_a_model_recommends(said, want, saved):
+    _, saved = saved
+    if said is not None:
+        (saved / "generation_config.json").write_text(said)
+    assert ModelFolder.open(saved).sampling == want
+
+
+@pytest.mark.parametrize("said", ["[", "[]", '{"temperature": "hot"}', '{"top_p": 7}'])
+def test_a_recommendation_that_is_damaged(said, saved, refuses):
+    _, saved = saved
+    (saved / "generation_config.json").write_text(said)
+    with refuses("generation_config.json"):
+        _ = ModelFolder.open(saved).sampling
 
 
 def test_config_json_is_read_once_and_by_one_file(saved, monkeypatch):

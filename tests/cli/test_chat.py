@@ -13,8 +13,9 @@ import pytest
 
 pytest.importorskip("jinja2", reason="chat templates need pip install 'retentive[serve]'")
 
+import retentive
 from retentive.cli import main
-from retentive.cli.chat import DRAWN, OFFER, STUDENT, WINDOWS, ChatCommand, offered
+from retentive.cli.chat import OFFER, STUDENT, WINDOWS, ChatCommand, offered
 from retentive.cli.parsing import parse
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer.memory import blank, load_memory, save
@@ -129,6 +130,7 @@ ON_ITS_TERMINAL = """
 import fcntl, signal, sys, termios
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite begun in the background hands on an ignored one
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # from now on Ctrl-C there is for this process
+import retentive
 from retentive.cli import main
 main(sys.argv[1:])
 """
@@ -194,6 +196,24 @@ def test_the_offered_model_has_a_window_for_each_layer():
     assert command.sampling.temperature == 0.2 and command.sampling.top_p == 0.9
 
 
+def test_the_models_own_sampling_holds_unless_it_is_typed(place, monkeypatch):
+    """generation_config.json, as transformers writes it; flags of the command win."""
+    (place / "run" / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.3, "top_k": 7}')
+    seen = []
+
+    def stream(chat, message):
+        seen.append(chat.sampling)
+        yield "a"
+
+    monkeypatch.setattr("retentive.cli.chat.Chat.stream", stream)
+    for typed in ([], ["--temperature", "0"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+        main(["chat", "run", *typed])
+    with retentive.chat("run") as own, retentive.chat("run", top_p=0.5) as changed:
+        seen += [own.sampling, changed.sampling]
+    assert [(s.temperature, s.top_k, s.top_p) for s in seen] == [(0.3, 7, 1), (0, 7, 1), (0.3, 7, 1), (0.3, 7, 0.5)]
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_without_a_model_one_is_offered(there, monkeypatch, capsys):
     monkeypatch.setattr("retentive.cli.chat.shipped", lambda: {STUDENT: Path("models")} if there else {})
@@ -201,7 +221,7 @@ def test_without_a_model_one_is_offered(there, monkeypatch, capsys):
     for typed, accepted in (("y\n", True), ("YES\n", True), ("\n", False), ("", False)):
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
         if accepted:
-            assert offered(at_terminal=True) == ([STUDENT, *DRAWN] if there else OFFER)
+            assert offered(at_terminal=True) == ([STUDENT] if there else OFFER)
         else:
             with pytest.raises(ValueError, match=re.escape(f"RUN is missing: name a model, such as {name}")):
                 offered(at_terminal=True)

@@ -1,5 +1,6 @@
 """Description of a service, and the options that it refuses."""
 
+import shutil
 from contextlib import ExitStack
 
 import pytest
@@ -7,8 +8,10 @@ import pytest
 from retentive.checkpoint import save_model
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.models import build, cost, retnet, transformer, twin
+from retentive.serve.completion import Completion
 from retentive.serve.errors import Refused
 from retentive.serve.options import Options
+from retentive.serve.requests import ChatRequest
 from retentive.serve.service import open_service
 
 
@@ -23,6 +26,19 @@ def test_the_info_for_the_page(server):
     assert info["kv_cache_bytes_per_token"] == (
         cost.cache_bytes(twin(model.config), 1, bytes_per_value=2) if retains else None
     )
+
+
+def test_requests_sample_as_the_model_recommends(runs, tmp_path):
+    shutil.copytree(runs / "retnet", tmp_path / "retnet")
+    (tmp_path / "retnet" / "generation_config.json").write_text('{"temperature": 0.3, "top_k": 7}')
+    service = open_service(tmp_path / "retnet")
+    assert service.info()["sampling"] == {
+        "temperature": 0.3, "top_k": 7, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
+    }  # fmt: skip
+    request = ChatRequest(messages=[{"role": "user", "content": "a"}], temperature=0.9, seed=3)
+    params = Completion(service, request, "owner").params
+    assert (params.temperature, params.top_k, params.seed) == (0.9, 7, 3)
+    assert open_service(runs / "retnet").info()["sampling"] is None
 
 
 def test_more_slots_than_there_is_memory_for_are_refused_at_the_start(runs, refuses):
