@@ -29,6 +29,7 @@ from retentive.serve.embeddings import embeddings
 from retentive.serve.errors import Refused
 from retentive.serve.items import InputRequest
 from retentive.serve.middleware import AccessMiddleware
+from retentive.serve.receive import parse, receive, receive_file
 from retentive.serve.requests import (
     ChatRequest,
     CompletionRequest,
@@ -36,9 +37,6 @@ from retentive.serve.requests import (
     Named,
     RestoreRequest,
     SaveRequest,
-    parse,
-    receive,
-    receive_file,
 )
 from retentive.serve.responses import to_json
 from retentive.serve.service import Service

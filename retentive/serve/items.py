@@ -7,7 +7,8 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from retentive.serve.errors import Refused
 from retentive.serve.messages import Body, as_choice
-from retentive.serve.requests import ChatRequest, Name, parse
+from retentive.serve.receive import parse
+from retentive.serve.requests import ChatRequest, Name
 
 
 def _as_input_parts(value: Any) -> Any:

@@ -5,7 +5,7 @@ from http.client import HTTPConnection
 import openai
 import pytest
 
-from retentive.serve.requests import READ_ON
+from retentive.serve.receive import READ_ON
 from tests.serve.asked import CHAT, CHAT_IDS, GREEDY, SAID, TEXT
 
 FIELDS = {

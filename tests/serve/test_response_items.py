@@ -83,6 +83,7 @@ def test_an_answer_that_fits_a_schema(server):
         ({"input": "a", "previous_response_id": "resp-1"}, "keep the conversation in a session"),
         ({"input": "a", "tools": [{"type": "function", "name": "f"}]}, "this model takes no tools: its chat template"),
         ({"input": "a", "tools": [{"type": "web_search"}]}, "tools[0].type: Input should be 'function'"),
+        ({"input": [{"type": "reasoning"}]}, "expected an item of type message, function_call, function_call_output"),
         ({"input": "a", "max_output_tokens": 10**9}, "at most"),
         ({"input": "a", "temperature": 9}, "temperature"),
         ({"input": [{"role": "robot", "content": "a"}]}, "input[0].role: Input should be 'system'"),
