@@ -14,6 +14,8 @@
     shards     the token shards of a split as one stream
     loader     a stream -> batches, each a pure function of (seed, step); this, `packed` and `mixture` need torch
     templates  a conversation -> token ids, by a chat template
+    sandbox    runs chat templates, which are programs from the internet
+    tools      the notation of tool calls in a chat template
 
 Nothing is imported here, so each part costs only what it needs (`from retentive.data.pack import load_meta`).
 """

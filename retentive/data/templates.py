@@ -5,20 +5,18 @@
     template.next(messages)     what follows an answer that the model's state already holds
 
 User text stays text: the name of a special token in a message is encoded as plain characters (no prompt injection by
-special tokens), while names in the template itself become tokens. A template is a program from the internet. It sees no
-attributes of Python objects, and its ranges, products and output are bounded; a template that tries more is refused. It
-can still use much memory, by concatenation.
+special tokens), while names in the template itself become tokens. `sandbox.py` runs the templates.
 """
 
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from retentive.data.media import KINDS, placeholder, placeholder_id, placeholders, text_of
+from retentive.data.sandbox import compiled
 from retentive.data.tokenizer import END_OF_TEXT, Tokenizer
 from retentive.data.tools import Call, Notation, find_notation
 
@@ -55,10 +53,6 @@ Assistant:"""
 """Template for training on conversations if the model has none: an answer ends with end-of-text. A model that was not
 trained this way starts another document there, so BUILT_IN suits it better."""
 
-MOST_CHARACTERS = 16 << 20
-"""Maximum number of characters that a template outputs, or that a product of strings in it has."""
-MOST_ROUNDS = 100_000
-"""Maximum sum of numbers that all `range` calls of one rendering produce."""
 ANSWER = "\ue000\ue001"
 """Stand-in for an answer, to find the text around it; no message contains it (see `_shielded`)."""
 QUESTION = "\ue002"
@@ -96,7 +90,7 @@ class ChatTemplate:
         names = sorted(self.special, key=len, reverse=True)  # longest first: a regular expression takes the first match
         self._special = re.compile("(" + "|".join(map(re.escape, names)) + ")")
         self._to_shield = re.compile("|".join(map(re.escape, ["\ue000", *names])))
-        self._template = _compile(source)
+        self._template = compiled(source)
         self.first([{"role": "user", "content": "."}])  # refuse a template that cannot render now, not at a request
         self.stop_ids, self.stop = self._ends()
 
@@ -287,16 +281,7 @@ class ChatTemplate:
             "bos_token": self.bos,
             "eos_token": self.eos,
         }
-        pieces, size = [], 0
-        try:
-            for piece in self._template.generate(**values, range=_BoundedRange()):
-                pieces.append(piece)
-                size += len(piece)
-                if size > MOST_CHARACTERS:
-                    raise ValueError(f"it gives out more than {MOST_CHARACTERS} characters")
-        except Exception as error:  # the template is a program and may raise anything
-            raise ValueError(f"the chat template fails: {_one_line(error)}") from None
-        return "".join(pieces)
+        return self._template(values)
 
     def _shielded(self, messages: Sequence[Message]) -> list[Message]:
         """Hides special tokens' names in messages as hexadecimal; names left after rendering are the template's own."""
@@ -389,65 +374,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     except ValueError:
         raise ValueError(f"{file} is not JSON: the model folder is damaged") from None
     return value if isinstance(value, dict) else {}
-
-
-# the sandbox
-
-
-class _BoundedRange:
-    """Replaces `range` in templates: all ranges of one rendering together yield at most MOST_ROUNDS numbers."""
-
-    def __init__(self) -> None:
-        self.left = MOST_ROUNDS
-
-    def __call__(self, *bounds: int) -> Iterator[int]:
-        made = range(*bounds)
-        if len(made) > self.left:
-            raise ValueError(f"its ranges have more than {MOST_ROUNDS} rounds")
-        self.left -= len(made)
-        return made  # type: ignore[return-value]
-
-
-def _compile(source: str) -> Any:
-    try:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise ImportError("chat templates need jinja2: pip install 'retentive[serve]'") from None
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"*", "**", "%"})
-
-        def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-            raise ValueError(f"it reaches for {attribute!r} of {type(obj).__name__}, which is out of its sandbox")
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            # "%999999999d" % 1 pads to any width, and 9 ** 9 ** 9 never ends
-            if operator != "*" and (isinstance(left, str) or operator == "**"):
-                raise ValueError(f"the operator {operator} is not allowed here")
-            if operator == "*" and _length(left) * _length(right) > MOST_CHARACTERS:
-                raise ValueError(f"a product in it has more than {MOST_CHARACTERS} characters")
-            return super().call_binop(context, operator, left, right)
-
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    # Functions that transformers offers to templates, with the same results: its tojson does not escape for HTML.
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except TemplateError as error:
-        raise ValueError(f"it does not compile: {_one_line(error)}") from None
-
-
-def _length(x: Any) -> int:
-    """Returns the factor by which x lengthens a product."""
-    return abs(x) if isinstance(x, int) else len(x) if isinstance(x, (str, list, tuple)) else 1
-
-
-def _raise(message: str) -> None:
-    raise ValueError(message)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
