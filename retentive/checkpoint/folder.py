@@ -22,7 +22,7 @@ from torch import Tensor
 
 from retentive.checkpoint import fla, hf, lightning, llama, rwkv, syncdoth, torchscale
 from retentive.checkpoint.adapter import merged
-from retentive.checkpoint.find import REMOTE, find
+from retentive.checkpoint.find import REMOTE, find, shipped
 from retentive.checkpoint.gguf import BLOCK, Gguf
 from retentive.checkpoint.quantize import BITS, Quantization, as_quantized, float_tensors, quantize
 from retentive.checkpoint.weights import Unfilled, fill, read_tensors, weights_sha256
@@ -202,7 +202,8 @@ class ModelFolder:
         """Folder of the model that the adapter changes; raises FileNotFoundError if it no longer exists."""
         assert self.adapter is not None
         base = self.adapter.base
-        if not base.startswith(REMOTE) and not (Path(base) / "config.json").is_file() and not Path(base).is_file():
+        named = base.startswith(REMOTE) or base in shipped()
+        if not named and not (Path(base) / "config.json").is_file() and not Path(base).is_file():
             raise FileNotFoundError(
                 f"{self.name} is an adapter of the model at {base}, which is not there: give that model, wherever it "
                 f"is, with {option('adapter', self.name)}"
@@ -284,10 +285,13 @@ class ModelFolder:
         if change.adapter is None:
             raise ValueError(f"{change.name} is a model, not an adapter: load it by itself")
         if self.sha256 != change.adapter.base_sha256:
-            raise ValueError(
-                f"{change.name}: this adapter was trained on {change.adapter.base} as it was then, not on {self.name}; "
-                "pass that model"
-            )
+            base = change.adapter.base
+            if base in (self.name, str(self.path.resolve())):
+                raise ValueError(
+                    f"{change.name}: {base} has changed since this adapter was trained on it; pass the model as it was "
+                    "then"
+                )
+            raise ValueError(f"{change.name}: this adapter was trained on {base}, not on {self.name}; pass {base}")
         return change.adapter
 
 

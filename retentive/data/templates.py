@@ -106,6 +106,14 @@ class ChatTemplate:
         return self._encode(self._render(self._shielded(messages), tools=self._shielded_all(list(tools))))
 
     @functools.cached_property
+    def shows_tools(self) -> bool:
+        """True if the template shows tools and calls in a notation that is served."""
+        try:
+            return bool(self.notation)
+        except ValueError:
+            return False
+
+    @functools.cached_property
     def notation(self) -> Notation:
         """Notation of tool calls in this template; raises ValueError if it has none that is served."""
         return find_notation(self._render, self._special)

@@ -97,6 +97,18 @@ class Notation:
             return answer[:at].rstrip(), calls
 
 
+PLAIN = Notation("", "\n", '{"name": "', '", "arguments": ', None, "}")
+"""Notation for a model whose template shows no tools, of a call that is asked for."""
+
+
+def announced(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns messages that tell of the tools in a system message, for a template that shows none."""
+    told = "\n".join(["Functions:", *(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)])
+    if messages and messages[0]["role"] == "system" and isinstance(messages[0]["content"], str):
+        return [{**messages[0], "content": f"{messages[0]['content']}\n\n{told}"}, *messages[1:]]
+    return [{"role": "system", "content": told}, *messages]
+
+
 def find_notation(render: Render, special: re.Pattern[str]) -> Notation:
     """Returns the notation of a template.
 

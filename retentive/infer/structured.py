@@ -64,6 +64,7 @@ def tool_calls(
     *,
     required: bool = False,
     several: bool = True,
+    answer: Mapping[str, Any] | None = None,
     ends: Collection[int] = (),
 ) -> Callable[[], Constraint]:
     """Returns a factory of constraints to text that may end in calls of `tools`, whose arguments fit their schemas.
@@ -73,12 +74,15 @@ def tool_calls(
         notation: of the model's chat template.
         required: the text is calls and nothing else.
         several: allow more than one call, if the notation does.
+        answer: JSON schema of an answer without calls; None: any text, which calls may follow.
         ends: token ids that end an answer, beside the end-of-text token.
 
     Raises:
         ValueError: a schema cannot be used; the message names its function.
         ImportError: the extra is missing.
     """
+    if answer is not None:
+        json_schema(answer, tokenizer)
     for name, schema in tools.items():  # one by one, since an error in the grammar of all would not name the function
         try:
             json_schema(schema, tokenizer)
@@ -89,12 +93,17 @@ def tool_calls(
         for name, schema in tools.items()
     ]
     more = f"({json.dumps(notation.between)} call)*" if several and notation.between else ""
-    begin, end = json.dumps(notation.lead * required + notation.begin), json.dumps(notation.end)
+    alone = required or answer is not None
+    begin, end = json.dumps(notation.lead * alone + notation.begin), json.dumps(notation.end)
+    # lazy: the text ends with the first mark of a call
+    begins = f"begin: {begin}" if alone else f"begin[lazy]: TEXT {begin}"
+    text = "TEXT" if answer is None else f"%json {json.dumps({**answer, 'x-guidance': STYLE})}"
     lines = [
         "%llguidance {}",
         f"start: {'' if required else 'text | '}begin call {more} {end}",
-        # lazy: the text ends with the first mark of a call
-        f"begin: {begin}" if required else f"begin[lazy]: TEXT {begin}\ntext: TEXT\nTEXT: /(.|\\n)*/",
+        begins,
+        *([] if required else [f"text: {text}"]),
+        *([] if alone else ["TEXT: /(.|\\n)*/"]),
         f"call: {' | '.join(calls)}",
     ]
     grammar = "\n".join(lines)

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-from retentive.data.tools import Notation
+from retentive.data.tools import PLAIN, Notation
 from retentive.infer import structured
 from retentive.infer.conversation import Conversation
 from retentive.infer.generate import check_prompt
@@ -202,15 +202,22 @@ class Completion:
             raise Refused(400, str(error), param=self.request.prompt_field) from None
 
     def _check_tools(self) -> None:
-        """Finds the notation of tool calls; raises Refused if there are tools and the model's template shows none."""
-        request = self.request
+        """Finds the notation of the calls that may come.
+
+        Raises:
+            Refused: there are tools and the model's template shows none. A call that must come is served nevertheless:
+                clients ask for JSON that way.
+        """
+        request, template = self.request, self.conversation.template
         if not isinstance(request, ChatRequest) or not request.uses_tools:
             return
-        try:
-            self.notation = self.conversation.template.notation
-        except ValueError as error:
-            message = f"this model takes no tools: {error}; ask for JSON with response_format"
-            raise Refused(400, message, param="tools", code="tools_not_served") from None
+        if template.shows_tools:
+            self.notation = template.notation if request.callable else None
+        elif request.callable and request.must_call:
+            self.notation = PLAIN
+        else:
+            why = "its chat template shows none; ask for JSON with response_format, or for a call with tool_choice"
+            raise Refused(400, f"this model takes no tools: {why}", param="tools", code="tools_not_served")
 
     async def _constraint(self) -> Callable[[], Constraint] | None:
         """Returns a function that makes constraints for response_format or tools; None for any text.
@@ -218,25 +225,34 @@ class Completion:
         Raises:
             Refused: a schema cannot be used.
         """
-        form, tools = self.request.response_format, self.request.callable
-        if tools and self.notation is not None:
-            return await self._compiled("tools", self._calls_of, tools, self.notation)
-        if form is None or form.type == "text":
+        schema = self._schema()
+        if self.notation is not None:
+            return await self._compiled("tools", self._calls_of, self.request.callable, self.notation, schema)
+        if schema is None:
             return None
-        schema: dict[str, Any] = {"type": "object"}
-        if form.type == "json_schema":
-            if form.json_schema is None:
-                raise Refused(400, "json_schema is missing", param="response_format.json_schema")
-            schema = form.json_schema.json_schema
         return await self._compiled("response_format", structured.json_schema, schema, self.service.tokenizer)
 
-    def _calls_of(self, tools: Sequence[Tool], notation: Notation) -> Callable[[], Constraint]:
+    def _schema(self) -> dict[str, Any] | None:
+        """Returns the JSON schema of response_format; None for any text."""
+        form = self.request.response_format
+        if form is None or form.type == "text":
+            return None
+        if form.type == "json_object":
+            return {"type": "object"}
+        if form.json_schema is None:
+            raise Refused(400, "json_schema is missing", param="response_format.json_schema")
+        return form.json_schema.json_schema
+
+    def _calls_of(
+        self, tools: Sequence[Tool], notation: Notation, answer: dict[str, Any] | None
+    ) -> Callable[[], Constraint]:
         return structured.tool_calls(
             {tool.function.name: tool.schema_of_arguments for tool in tools},
             notation,
             self.service.tokenizer,
             required=self.request.must_call,
             several=self.request.several_calls,
+            answer=answer,
             ends=self.request.stops(self.conversation)[0],
         )
 

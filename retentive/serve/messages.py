@@ -93,7 +93,7 @@ class Message(Body):
         calls = []
         for n, call in enumerate(self.tool_calls or ()):
             try:
-                arguments = check_arguments(call.function.arguments)
+                arguments = check_arguments(call.function.arguments or "{}")
             except ValueError as error:
                 where = f"{field}.tool_calls[{n}].function.arguments"
                 raise Refused(400, str(error), param=where, code="invalid_value") from None

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from retentive.data.media import Media, media_of
 from retentive.data.tokenizer import Tokenizer
+from retentive.data.tools import announced
 from retentive.infer import SamplingParams
 from retentive.infer.conversation import NAME, Conversation
 from retentive.serve.choices import Prompt
@@ -85,7 +86,7 @@ class Generation(Body, ABC):
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     stop: Stops | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
@@ -179,8 +180,8 @@ class Generation(Body, ABC):
         """Returns the sampling parameters: those of the request, and the default's for the others."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        if given.get("temperature", 1.0) < COLDEST:
-            given["temperature"] = 0
+        if given.get("temperature", 1.0) < COLDEST or given.get("top_p") == 0:  # the likeliest token alone
+            given |= {"temperature": 0, "top_p": 1.0}
         return replace(default, **given, bias=self._bias(), seed=self.seed)
 
     def _bias(self) -> dict[int, float]:
@@ -295,7 +296,10 @@ class ChatRequest(Generation):
                 raise Refused(400, message, param=f"{name}.content")
             messages.append({"role": roles.get(m.role, m.role), "content": found, **called})
         try:
-            ids, rows = conversation.turn(messages, [tool.described() for tool in self.callable])
+            tools = [tool.described() for tool in self.callable]
+            if tools and not conversation.template.shows_tools:
+                messages, tools = announced(messages, tools), []
+            ids, rows = conversation.turn(messages, tools)
             return [Prompt(ids, rows=rows)]
         except ValueError as error:
             raise Refused(400, str(error), param=self.prompt_field, code="template_refuses") from None
@@ -314,8 +318,6 @@ class ChatRequest(Generation):
         super().refuse_what_is_not_served()
         if self.functions:
             raise Refused(400, "functions are not served: use tools", param="functions")
-        if self.callable and self.response_format is not None and self.response_format.type != "text":
-            raise Refused(400, "tools and a response_format are not served together", param="response_format")
         if self.top_logprobs is not None and not self.logprobs:
             raise Refused(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
 

@@ -147,6 +147,16 @@ class ChatResponses(Responses):
             message |= {"content": delta.text or None, "tool_calls": [_call(call) for call in delta.calls]}
         return self._with(delta, {"message": message})
 
+    def chunks(self, deltas: Sequence[Delta]) -> bytes:
+        """Returns events of each delta. The reason of the end has one of its own: clients look for whole calls then."""
+        apart = list[Delta]()
+        for delta in deltas:
+            if delta.finish and (delta.text or delta.calls or delta.logprobs):
+                apart += [delta._replace(finish=None), Delta(delta.choice, "", [], delta.finish)]
+            else:
+                apart.append(delta)
+        return super().chunks(apart)
+
     def _chunk_choice(self, delta: Delta) -> dict[str, Any]:
         said: dict[str, Any] = {"content": delta.text} if delta.text else {}
         if delta.calls:

@@ -10,7 +10,6 @@ import torch
 from retentive import machine
 from retentive.checkpoint import ModelFolder
 from retentive.checkpoint.adapter import targets_of
-from retentive.checkpoint.find import REMOTE
 from retentive.checkpoint.quantize import as_quantized
 from retentive.data.mixture import Mixture
 from retentive.data.packed import Packed
@@ -100,7 +99,8 @@ def _filled(model: LanguageModel, given: LanguageModel, base: ModelFolder, *, st
 
 def adapter_for(model: LanguageModel, base: ModelFolder, rank: int, alpha: float, targets: str) -> Adapter:
     """The adapter to train on the model in `base`; raises ValueError for targets that the model lacks."""
-    name = base.name if base.name.startswith(REMOTE) else str(Path(base.name).resolve())
+    place = Path(base.name)  # or a name: of a model that comes with the package, or is downloaded
+    name = str(place.resolve()) if place.exists() else base.name
     return Adapter(name, base.sha256, rank, alpha, targets_of(model, targets, rank))
 
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from retentive.checkpoint import load, save_model
+from retentive.checkpoint import ModelFolder, load, save_model
 from retentive.checkpoint.adapter import adapter_of, merged, targets_of, with_adapter
 from retentive.checkpoint.quantize import float_tensors, quantization_of, quantize
 from retentive.checkpoint.weights import weights_sha256
@@ -13,6 +13,7 @@ from retentive.data.loader import Batch
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.layers.lora import Adapter, LoRA
 from retentive.models import build, hybrid, retnet, transformer
+from retentive.train.initial import adapter_for
 from retentive.train.objective import language_modelling
 
 SMALL = dict(vocab_size=257, dim=32, layers=2, heads=2)
@@ -136,6 +137,19 @@ def test_an_adapter_of_a_quantised_model(name, bits, asymmetric, tmp_path, same)
         assert quantization_of(load(tmp_path / "change", weights="int4")[0]).bits == 4
 
 
+def test_a_shipped_model_is_remembered_by_its_name(tmp_path, monkeypatch):
+    """Its folder differs from one installation to the next; a path is remembered from the root."""
+    folder = ModelFolder.open("novels")
+    adapter = adapter_for(folder.model(), folder, 4, 8.0, "q_proj")
+    assert adapter.base == "novels"
+    save_model(tmp_path / "change", with_adapter(folder.model(), adapter), folder.tokenizer)
+    assert ModelFolder.open(tmp_path / "change").base.path == folder.path
+    monkeypatch.chdir(tmp_path)
+    save_model("own", build(CONFIGS["retnet"]))
+    own = ModelFolder.open("own")
+    assert adapter_for(own.model(), own, 3, 6.0, "q_proj").base == str(tmp_path / "own")
+
+
 def test_products_of_integers_keep_no_floats(same):
     """The backward pass converts the integers again, in bfloat16 as well."""
     layer = quantize(build(CONFIGS["retnet"]), 8).blocks[0].retention.q_proj
@@ -156,17 +170,20 @@ def test_what_does_not_belong_together(tmp_path, refuses):
     save_model(folder, build(CONFIGS["retnet"]))
     save_model(tmp_path / "change", changed(folder, load(folder)[0]))
     save_model(tmp_path / "other", build(CONFIGS["retnet"]))
-    with refuses(f"as it was then, not on {tmp_path / 'other'}; pass that model"):
+    with refuses(f"this adapter was trained on {folder}, not on {tmp_path / 'other'}; pass {folder}"):
         load(tmp_path / "other", adapter=tmp_path / "change")
     with refuses(f"{folder} is a model, not an adapter"):
         load(folder, adapter=folder)
     save_model(tmp_path / "small", quantize(build(CONFIGS["retnet"]), 8))
-    with refuses(f"as it was then, not on {tmp_path / 'small'}; pass that model"):
+    with refuses(f"this adapter was trained on {folder}, not on {tmp_path / 'small'}; pass {folder}"):
         load(tmp_path / "small", adapter=tmp_path / "change")
     shutil.move(folder, tmp_path / "moved")
     with refuses("is an adapter of the model at", FileNotFoundError):
         load(tmp_path / "change")
     assert load(tmp_path / "moved", adapter=tmp_path / "change")
+    save_model(folder, build(CONFIGS["retnet"]))
+    with refuses(f"{folder} has changed since this adapter was trained on it; pass the model as it was then"):
+        load(tmp_path / "change")
     (tmp_path / "change" / "config.json").write_text(
         (tmp_path / "change" / "config.json").read_text().replace('"rank": 3', '"rank": 0')
     )

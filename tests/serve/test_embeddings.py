@@ -41,7 +41,7 @@ def test_one_text_and_ids(server):
         ({"input": []}, "expected a string, a list of token ids, or a list of either", "input"),
         ({"input": [""]}, "a text to embed is empty", "input[0]"),
         ({"input": ["a", ""]}, "a text to embed is empty", "input[1]"),
-        ({"input": [[999]]}, "token ids must be in [0, 257), got 256 to 999", "input"),
+        ({"input": [[999]]}, "token ids must be from 0 to 256, got 999", "input"),
         ({"input": "a", "dimensions": 7}, "this model has 32 dimensions, got 7", "dimensions"),
         ({"input": "a", "pooling": "max"}, "Input should be 'mean' or 'last'", "pooling"),
         ({"input": "a", "encoding_format": "hex"}, "Input should be 'float' or 'base64'", "encoding_format"),

@@ -148,7 +148,12 @@ def tool(**function):
         ({"tool_choice": "maybe"}, "tool_choice", "expected none, auto, required, or a function by its name"),
         ({"tool_choice": {"type": "function"}}, "tool_choice", "or a function by its name"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice", "tools is empty"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not served together"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "json_schema is missing"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "wrong"}}}},
+            "tools",
+            "the JSON schema cannot be used",
+        ),
         ({"functions": [{"name": "f"}]}, "functions", "use tools"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "needs content"),
         ({"messages": [ASKED[0] | {"tool_calls": [CALLED]}]}, "messages[0].tool_calls", "only an assistant"),
@@ -170,8 +175,49 @@ def test_bad_input(more, param, words, taught):
     assert taught.idle()
 
 
+@pytest.mark.parametrize("more", [{"tools": None}, {"tool_choice": "none"}])
+def test_no_calls_come_if_none_may(more, taught):
+    """Earlier calls in the conversation do not change that: what looks like one is text."""
+    [choice] = chat(taught, [*TOLD, {"role": "assistant", "content": "It rains."}, *ASKED], **more).choices
+    assert choice.finish_reason in ("stop", "length") and choice.message.tool_calls is None
+
+
+def test_a_call_or_an_answer_that_fits_a_schema(taught):
+    """Agents ask for both: an answer is JSON of the schema, or the answer is a call."""
+    schema = {"type": "object", "properties": {"wet": {"type": "boolean"}}, "required": ["wet"]}
+    form = {"name": "it", "schema": schema | {"additionalProperties": False}}
+    seen = set()
+    for question in ("Rome?", "Hi", "Yes", "Or"):
+        asked = [{"role": "user", "content": question}]
+        [choice] = chat(taught, asked, response_format={"type": "json_schema", "json_schema": form}).choices
+        if choice.message.tool_calls:
+            assert choice.finish_reason == "tool_calls" and not choice.message.content
+            assert all(name in ("weather", "clock") for name, _ in calls_of(choice.message))
+        else:
+            assert choice.message.content in ('{"wet": true}', '{"wet": false}')
+        seen.add(choice.finish_reason)
+    assert seen <= {"tool_calls", "stop"}
+
+
+def test_the_stream_helpers_see_whole_calls(taught):
+    with taught.client().chat.completions.stream(model="taught", messages=ASKED, tools=TOOLS, temperature=0) as stream:
+        done = [event for event in stream if event.type == "tool_calls.function.arguments.done"]
+    assert [(event.name, json.loads(event.arguments)) for event in done] == [("weather", {"city": "Rome"})]
+
+
+def test_a_call_that_is_asked_for_needs_no_tools_in_the_template(retnet):
+    """Clients ask for JSON by a forced call. The functions are then in a system message."""
+    for messages in (ASKED, [{"role": "system", "content": "Be brief."}, *ASKED]):
+        how = dict(messages=messages, tools=TOOLS, max_tokens=200, temperature=0)
+        choice = {"type": "function", "function": {"name": "weather"}}
+        reply = retnet.client().chat.completions.create(model="retnet", tool_choice=choice, **how)
+        [(name, arguments)] = calls_of(reply.choices[0].message)
+        assert name == "weather" and set(arguments) == {"city"}
+        assert reply.usage.prompt_tokens > 200  # with both functions, in bytes
+
+
 def test_a_model_without_tools_says_so(retnet):
     for messages, tools in ((ASKED, TOOLS), (TOLD, None)):
         reply = retnet.http().post("/v1/chat/completions", json={"messages": messages, "tools": tools})
         assert reply.status_code == 400 and reply.json()["error"]["code"] == "tools_not_served"
-        assert "this model takes no tools: its chat template shows no tools" in reply.json()["error"]["message"]
+        assert "this model takes no tools: its chat template shows none" in reply.json()["error"]["message"]
