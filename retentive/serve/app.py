@@ -90,7 +90,7 @@ def _completions(app: FastAPI, service: Service) -> None:
 
     async def complete(http: Request, kind: type[ChatRequest | CompletionRequest | InputRequest]) -> Response:
         received = await receive(http, kind, service.options, media=service.open_media is not None)
-        request = received.as_chat() if isinstance(received, InputRequest) else received
+        request = received.as_chat(service.kept, http.state.owner) if isinstance(received, InputRequest) else received
         completion = Completion(service.named(request.model), request, http.state.owner, http.state.request_id)
         try:
             await completion.begin(lambda: _disconnect(http.receive))

@@ -135,10 +135,12 @@ class Completion:
                     parts[delta.choice].append(delta)
             await self._remember()
         self._measure()
-        return await _in_thread(
+        body = await _in_thread(
             sum(len(delta.logprobs) for part in parts for delta in part) > LONG,
             partial(self.responses.whole, parts, usage=self._usage(), **self._session()),
         )
+        self._keep()
+        return body
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yields the response as server-sent events. Errors after the first one are events: the status is sent."""
@@ -156,6 +158,7 @@ class Completion:
         except ClientLeft:
             return
         self._measure()
+        self._keep()
         closing = self.responses.closing(usage=self._usage(), **self._session())
         self.close()  # before the last bytes, after which the client may use its session again
         yield closing
@@ -422,6 +425,11 @@ class Completion:
         if self.request.session is None:
             return {}
         return {"session": described(self.request.session, self.conversation)}
+
+    def _keep(self) -> None:
+        """Keeps the response for later requests, where its API refers to earlier ones."""
+        if isinstance(self.request, ResponseRequest) and isinstance(self.responses, ItemResponses):
+            self.request.keep(self.service.kept, self.owner, self.responses)
 
     def _measure(self) -> None:
         """Observes latencies in the metrics."""

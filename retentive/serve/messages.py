@@ -55,7 +55,7 @@ class AudioPart(Body):
 
 
 PARTS = ("text", "image_url", "input_audio")
-TYPES = (*PARTS, "message", "function_call", "function_call_output")
+TYPES = (*PARTS, "message", "function_call", "function_call_output", "item_reference", "reasoning")
 """Types of parts, and of the items of /v1/responses, that choose a class by their `type`."""
 Part = Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]
 

@@ -26,6 +26,7 @@ from retentive.options import option
 from retentive.sampling import SamplingParams
 from retentive.serve.async_engine import AsyncEngine
 from retentive.serve.errors import Refused, try_later
+from retentive.serve.items import Kept
 from retentive.serve.media import OpenMedia, senses
 from retentive.serve.metrics import Metrics
 from retentive.serve.options import Options
@@ -53,6 +54,8 @@ class Service:
     sessions: Sessions = field(init=False)
     saved: SavedStates = field(init=False)
     metrics: Metrics = field(init=False)
+    kept: Kept = field(init=False)
+    """Responses that later requests may refer to, of all adapters together."""
     open_media: OpenMedia | None = field(init=False)
     """Function that opens pictures and sound; None for a model that reads only text."""
     opening: ThreadPoolExecutor = field(init=False)
@@ -77,9 +80,9 @@ class Service:
         self.engine = AsyncEngine(model, slots=options.slots, waiting=options.queue, prefill_chunk=chunk, cache=cache)
         self.sessions = Sessions(options.sessions, self.new_conversation)
         self.saved = SavedStates(self.states_folder, model, name, self.name)
-        self.metrics = Metrics(self.all)
+        self.metrics, self.kept = Metrics(self.all), Kept()
         for each in self.adapters.values():
-            each.metrics = self.metrics
+            each.metrics, each.kept = self.metrics, self.kept
         self.open_media, self.opening = senses(model), ThreadPoolExecutor(1, "retentive-opening")
 
     @property

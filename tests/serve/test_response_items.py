@@ -1,7 +1,10 @@
 """`/v1/responses` by the official client: the text of a chat with the same messages."""
 
+import openai
 import pytest
 
+from retentive.serve.errors import Refused
+from retentive.serve.items import InputTextPart, Kept, MessageItem
 from tests.serve.asked import CHAT_IDS, DRAWN, GREEDY, SAID
 
 ASKED = [{"role": m["role"], "content": m["content"]} for m in SAID]
@@ -66,6 +69,45 @@ def test_a_session_goes_on(server):
     assert again.session["tokens"] > again.usage.input_tokens
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_later_request_refers_to_a_response(stream, server):
+    """By the id of the response, or of its items: the prompt is that of the whole conversation sent again."""
+    client, how = server.client(), dict(model=server.service.name, temperature=0, max_output_tokens=8)
+    if stream:
+        with client.responses.create(input="Who?", stream=True, **how) as events:
+            first = list(events)[-1].response
+    else:
+        first = client.responses.create(input="Who?", **how)
+    asked, then = {"role": "user", "content": "Who?"}, {"role": "user", "content": "And then?"}
+    want = client.responses.create(input=[asked, *first.output, then], **how)
+    referred = [
+        asked,
+        {"type": "reasoning", "id": "r", "summary": []},
+        {"type": "item_reference", "id": first.output[0].id},
+    ]
+    for reply in (
+        client.responses.create(input=[then], previous_response_id=first.id, **how),
+        client.responses.create(input=[*referred, then], **how),
+    ):
+        assert reply.output_text == want.output_text and reply.usage.input_tokens == want.usage.input_tokens
+    third = client.responses.create(input="More", previous_response_id=reply.id, **how)
+    assert third.usage.input_tokens > reply.usage.input_tokens
+    unkept = client.responses.create(input="Who?", store=False, **how)
+    with pytest.raises(openai.NotFoundError, match="is not here"):
+        client.responses.create(input="And then?", previous_response_id=unkept.id, **how)
+
+
+def test_items_are_kept_within_a_size():
+    kept = Kept(most=200)
+    item = MessageItem(role="user", content=[InputTextPart(type="input_text", text="a" * 50)])
+    kept.keep("owner", "first", [item])
+    kept.keep("owner", "second", [item])
+    assert kept.of("owner", "second", "id") == [item] and kept.size <= 200
+    for owner, id in (("owner", "first"), ("other", "second")):
+        with pytest.raises(Refused, match="is not here"):
+            kept.of(owner, id, "id")
+
+
 def test_an_answer_that_fits_a_schema(server):
     pytest.importorskip("llguidance", reason="structured output needs pip install 'retentive[structured]'")
     schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
@@ -80,10 +122,12 @@ def test_an_answer_that_fits_a_schema(server):
     ("body", "words"),
     [
         ({"input": []}, "input"),
-        ({"input": "a", "previous_response_id": "resp-1"}, "keep the conversation in a session"),
+        ({"input": "a", "previous_response_id": "resp-1"}, "'resp-1' is not here: send its items again"),
+        ({"input": [{"type": "item_reference", "id": "msg-1"}]}, "'msg-1' is not here: send its items again"),
+        ({"input": "a", "previous_response_id": "resp-1", "session": "s"}, "a session remembers itself"),
         ({"input": "a", "tools": [{"type": "function", "name": "f"}]}, "this model takes no tools: its chat template"),
         ({"input": "a", "tools": [{"type": "web_search"}]}, "tools[0].type: Input should be 'function'"),
-        ({"input": [{"type": "reasoning"}]}, "expected an item of type message, function_call, function_call_output"),
+        ({"input": [{"type": "film"}]}, "expected an item of type message, function_call, function_call_output"),
         ({"input": "a", "max_output_tokens": 10**9}, "at most"),
         ({"input": "a", "temperature": 9}, "temperature"),
         ({"input": [{"role": "robot", "content": "a"}]}, "input[0].role: Input should be 'system'"),
