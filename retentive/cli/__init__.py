@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from retentive import __version__
-from retentive.cli.errors import one_line
+from retentive.cli.errors import TRAINING, one_line
 from retentive.cli.progress import say
 from retentive.threads import bound_spinning
 
@@ -49,8 +49,7 @@ ALIASES = {
     "--grad-clip": "--clip",
     "--gradient-accumulation-steps": "--accumulate",
 }
-"""Other tools' names of options, for the verbs of TRAINING."""
-TRAINING = ("train", "sft", "linearize", "compare")
+"""Other tools' names of options, for verbs that train."""
 
 
 def main(argv: list[str] | None = None, program: Callable[[list[str]], None] | None = None) -> None:
@@ -116,7 +115,7 @@ def run(argv: list[str]) -> None:
 def renamed(word: str) -> str:
     """Return an argument with our name of its option, if it is another tool's."""
     name, equals, value = word.partition("=")
-    return ALIASES.get(name, name) + equals + value
+    return ALIASES.get(name.replace("_", "-"), name) + equals + value
 
 
 def prepare() -> None:

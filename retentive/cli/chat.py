@@ -30,6 +30,7 @@ from retentive.infer.memory import blank, load_memory, save
 from retentive.infer.text import from_the_first_word
 from retentive.models import LanguageModel
 from retentive.sampling import TEXT
+from retentive.tables import counted
 
 HELP = """\
 /show FILE   a picture or a sound, which the next message is about
@@ -186,7 +187,7 @@ class Talk:
     def describe(self) -> str:
         """Return one line: tokens read, size of the memory, and speed of the last answer."""
         conversation, made = self.conversation, self.conversation.made
-        line = f"{self.read:,} tokens read, remembered in {decimal(conversation.memory.nbytes)}"
+        line = f"{counted(self.read, 'token')} read, remembered in {decimal(conversation.memory.nbytes)}"
         if self.first:
             line += f"; first token after {self.first:.2f} s"
         if self.first and made > 1:
@@ -217,14 +218,14 @@ class Talk:
                 self.failed = True
                 # not raised (for example for a full disk), since in a script that would end the conversation unsaved
                 return f"not saved, the conversation goes on: {error}"
-            return f"saved {self.read:,} tokens' memory: {path}"
+            return f"saved the memory of {counted(self.read, 'token')}: {path}"
         if verb == "/load":
             self.shown = []
             conversation.memory = load_memory(path, conversation.engine.model, memory.model)
-            return f"going on after {self.read:,} tokens"
+            return f"going on after {counted(self.read, 'token')}"
         if verb == "/show":
             self.shown.append(opened(conversation.engine.model, name))
-            return f"{name}: {len(self.shown[-1].rows):,} tokens, read with the next message"
+            return f"{name}: {counted(len(self.shown[-1].rows), 'token')}, read with the next message"
         if verb == "/forget":
             self.shown = []
             conversation.memory = blank(conversation.engine.model, memory.model)

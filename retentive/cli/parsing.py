@@ -1,10 +1,11 @@
 """From the arguments of a verb to its command: the parser, its help, and which options were typed."""
 
 import ast
+import difflib
 import inspect
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
@@ -15,6 +16,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from retentive.cli import ALIASES
 from retentive.cli.errors import as_typed
 
 Command = TypeVar("Command")
@@ -25,8 +27,10 @@ SENTENCES = {
     r"Error parsing (\S+): could not convert string to float: '(.*)'": r"\1 \2: expected FLOAT",
     r"Error parsing (\S+): ": r"\1: ",
     r"invalid choice '(.*?)' for argument '(.*?)'. Expected one of \((.*?),?\)\.": r"\2 \1: expected one of \3",
+    r"Unrecognized options: (?!-)": "unexpected argument ",
     r"Unrecognized options: ": "unknown option ",
     r"Missing from .*?: (.*)": r"missing: \1",
+    r"Missing value for argument '(.*?)'.*": r"\1 needs a value",
 }
 """The parser's sentences, and ours."""
 KINDS = {"INT": "a whole number", "FLOAT": "a number"}
@@ -62,6 +66,7 @@ def parse(kind: type[Command], program: str, argv: Sequence[str], **how: Any) ->
     """
     if {"-h", "--help"} & set(argv):
         join_help(kind)
+        how["description"] = joined(str(how.get("description", kind.__doc__)))
     said = io.StringIO()
     try:
         with redirect_stderr(said):
@@ -69,7 +74,39 @@ def parse(kind: type[Command], program: str, argv: Sequence[str], **how: Any) ->
     except SystemExit as stop:
         if not stop.code:
             raise
-    raise ValueError(f"{one_line(said.getvalue())} ({program} --help)")
+    raise ValueError(f"{unknown_option(kind, argv) or one_line(said.getvalue())} ({program} --help)")
+
+
+def unknown_option(kind: Any, argv: Sequence[str]) -> str:
+    """Returns the error for the first unknown option among the arguments, with the nearest known one; "" without any.
+
+    The parser itself would rather tell of a required option that is missing for a typing error in its name.
+    """
+    ours = ["help", *option_names(kind)]
+    meant = {other[2:]: own[2:] for other, own in ALIASES.items() if own[2:] in ours} | {name: name for name in ours}
+    for word in argv:
+        name = word.partition("=")[0].replace("_", "-")
+        if name[:2] == "--" and name[2:].removeprefix("no-") not in ours:
+            close = difflib.get_close_matches(name[2:], meant, 1)
+            return f"unknown option {name}" + (f": did you mean --{meant[close[0]]}?" if close else "")
+    return ""
+
+
+def option_names(kind: Any) -> Iterator[str]:
+    """Yields the names of the options of a dataclass, without dashes before them, also of dataclasses within it."""
+    for name, inner in nested(kind):
+        if inner is None:
+            yield name.replace("_", "-")
+        else:
+            yield from option_names(inner)
+
+
+def nested(kind: Any) -> Iterator[tuple[str, Any]]:
+    """Yields (name of a field, the dataclass in it or None) for each field of a dataclass."""
+    hints = get_type_hints(kind)
+    for f in fields(kind):
+        kinds = (hints[f.name], *get_args(hints[f.name]))
+        yield f.name, next((inner for inner in kinds if isinstance(inner, type) and is_dataclass(inner)), None)
 
 
 def one_line(box: str) -> str:
@@ -81,15 +118,14 @@ def one_line(box: str) -> str:
         else:
             sections[-1].append(line[2:].rstrip(" │"))
     title = "│" not in box  # a terminal of ASCII gets it as a section of its own, others in the box's first line
-    first, *others = [lines for lines in sections if any(lines)][title:]
+    first = [lines for lines in sections if any(lines)][title]
     # options stand four columns to the right, each with its type, and their help eight
     text = " ".join(line.split()[0] if line[:4] == "    " else line.strip() for line in first if line[:8].strip())
     for pattern, ours in SENTENCES.items():
         text = re.sub(f"^{pattern}", ours, text)
     for word, meaning in KINDS.items():
         text = re.sub(rf"\b{word}\b", meaning, text)
-    meant = [line.split()[0] for lines in others if "Perhaps" in lines[0] for line in lines if line[:6] == "    --"]
-    return text + (f", perhaps {' or '.join(meant)}" if meant else "")
+    return text
 
 
 def join_help(kind: Any) -> None:
@@ -97,15 +133,18 @@ def join_help(kind: Any) -> None:
 
     The parser itself would take a docstring of several lines for several paragraphs.
     """
-    hints = get_type_hints(kind)
-    for f in fields(kind):
-        for inner in (hints[f.name], *get_args(hints[f.name])):
-            if isinstance(inner, type) and is_dataclass(inner):
-                join_help(inner)
+    for _, inner in nested(kind):
+        if inner is not None:
+            join_help(inner)
     for base in filter(is_dataclass, kind.__mro__):
         for name, text in docstrings(base).items():
             own = base.__dataclass_fields__[name]
             own.metadata = MappingProxyType({**own.metadata, "help": " ".join(text.split())})
+
+
+def joined(text: str) -> str:
+    """Returns the text with each paragraph on one line."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def docstrings(kind: Any) -> dict[str, str]:

@@ -45,6 +45,6 @@ def run(command: QuantizeCommand) -> None:
     """Write the folder, and print the bytes saved."""
     lines, how = Lines(), vars(command)
     made = quantize_folder(**how, progress=lambda done, blocks: lines(f"{done} of {counted(blocks, 'block')}"), say=say)
-    read = f", calibrated on {made.tokens:,} tokens" if made.tokens else ""
+    read = f", calibrated on {counted(made.tokens, 'token')}" if made.tokens else ""
     before, after = decimal(made.before), decimal(made.after)
     print(f"{command.source} -> {command.out}: {command.to}, {before} -> {after}{read}")

@@ -66,7 +66,7 @@ FIXED = ("teacher", "data", "chats", "from_teacher", "window", "sinks", "attenti
 class LinearizeRun:
     """Turn a Transformer into a RetNet: a student with a state of constant size learns its predictions."""
 
-    teacher: Annotated[str, tyro.conf.Positional]
+    teacher: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Transformer to begin with: model folder, .gguf file, hf:owner/name or pypi:name."""
     data: Path | tuple[Path, ...]
     """Texts (files and folders as for `retentive data`), packed into a folder beside the run (OUT-data). Or folders

@@ -510,8 +510,14 @@ def test_others(case, refused):
 
 
 PARSED = {
-    "train --bogus 1": "missing: --data --out (retentive train --help)",
-    "generate run --promt x": "unknown option --promt, x, perhaps --prompt (retentive generate --help)",
+    "train": "missing: --data --out (retentive train --help)",
+    "train --bogus 1": "unknown option --bogus (retentive train --help)",
+    "train --dat x": "unknown option --dat: did you mean --data? (retentive train --help)",
+    "train --leraning_rate 1": "unknown option --leraning-rate: did you mean --lr? (retentive train --help)",
+    "train --learning_rate": "--lr needs a value (retentive train --help)",
+    "sft run --no-resum": "unknown option --no-resum: did you mean --resume? (retentive sft --help)",
+    "generate run --promt x": "unknown option --promt: did you mean --prompt? (retentive generate --help)",
+    "generate run a b": "unexpected argument b (retentive generate --help)",
     "generate run --temperature warm": "--temperature warm: expected a number (retentive generate --help)",
     "generate run --seed 1.5": "--seed 1.5: expected a whole number (retentive generate --help)",
     "generate run --max-tokens few": "--max-tokens few: expected a whole number (retentive generate --help)",

@@ -41,7 +41,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert all(f"{n}. " in shown for n in range(1, 7)) and f"retentive generate {out}" in shown.replace("\n", "")
     assert (out / "decode.png").read_bytes()[:4] == b"\x89PNG"
 
-    assert "20 steps of 4 x 512 tokens fit 0.001 minutes" in " ".join(shown.split())
+    assert "20 steps of 4 x 512 tokens fit 0.001 min" in " ".join(shown.split())
 
     with pytest.raises(FileExistsError, match="--overwrite"):
         demo.main(arguments)

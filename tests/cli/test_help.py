@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass
 import pytest
 
 from retentive.bench import BENCHES
-from retentive.checkpoint.find import SHIPPED, shipped
+from retentive.checkpoint.find import shipped
 from retentive.cli import VERBS, main, memory
 from retentive.cli.parsing import docstrings, join_help
 from retentive.export.folder import FILES
@@ -45,6 +45,13 @@ def test_every_verb_has_help(argv, capsys, monkeypatch):
         assert joined[:60] not in shown or any(joined in line for line in lines), joined
 
 
+@pytest.mark.parametrize("verb", ["train", "completion", "memory write"])
+def test_a_description_of_several_lines_is_one_paragraph(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "2000")
+    described = helped(verb.split(), capsys).splitlines()[2:4]
+    assert described[0].endswith(".") and described[0].count(" ") > 20 and described[1] == ""
+
+
 def test_a_docstring_of_several_lines_is_one_paragraph():
     @dataclass
     class Inner:
@@ -68,18 +75,9 @@ def test_a_docstring_of_several_lines_is_one_paragraph():
 
 def test_help_names_shipped_models_and_all_targets_of_export(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "2000")
-    small = [name for name, folder in shipped().items() if folder.parent == SHIPPED]  # models/ is of a clone alone
-    assert small
-    for verb in (
-        "generate",
-        "chat",
-        "serve",
-        "eval",
-        "export",
-        "convert",
-        "info",
-    ):  # not quantised again, nor trained
-        assert all(f"shipped model {name}" in helped([verb], capsys) for name in small), verb
+    assert shipped()
+    for verb in ("generate", "chat", "serve", "eval", "export", "convert", "info"):  # not quantised again, nor trained
+        assert all(name in helped([verb], capsys) for name in shipped()), verb
     said = VERBS["export"][1].lower()
     names = {"onnx": "onnx", "native": "c sources", "browser": "web page", "gguf": "gguf"}
     assert set(names) == set(FILES) and all(word in said for word in names.values())

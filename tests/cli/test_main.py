@@ -14,14 +14,16 @@ def test_version(capsys):
     assert capsys.readouterr().out.startswith("retentive 0.")
 
 
-def test_ctrl_c_is_130(monkeypatch):
+def test_ctrl_c_is_130_and_says_that_nothing_is_saved(monkeypatch, capsys):
     def interrupted(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("retentive.cli.generate.main", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        main(["generate", "run"])
-    assert stop.value.code == 130
+    said = "stopped before the first step of this command: nothing was saved yet"
+    for verb, lines in (("generate", [""]), ("compare", ["", said])):
+        monkeypatch.setattr(f"retentive.cli.{verb}.main", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            main([verb, "run"])
+        assert stop.value.code == 130 and capsys.readouterr().err.splitlines() == lines
 
 
 def test_debug_shows_where_an_error_came_from(tmp_path, monkeypatch, capsys):
