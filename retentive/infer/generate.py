@@ -95,6 +95,7 @@ def generate(
     Raises:
         ValueError: the prompt is empty, has ids outside the vocabulary, or rows that do not fit. Raised at the call,
             not at the first token.
+        TypeError: the ids are no integers.
         ArithmeticError: the model's logits are not finite.
     """
     # the loop is a separate generator, which would not raise before its first `next`
@@ -103,8 +104,16 @@ def generate(
 
 
 def checked(model: LanguageModel, ids: Sequence[int] | Tensor, rows: Rows | None = None) -> Tensor:
-    """Check a prompt and return it as int64 `[1,T]` on the model's device; raises as `check_prompt`, `Placeholders`."""
-    prompt = torch.as_tensor(ids, dtype=torch.int64).reshape(1, -1)
+    """Check a prompt and return it as int64 `[1,T]` on the model's device.
+
+    Raises:
+        TypeError: the ids are no integers.
+        ValueError: as `check_prompt` and `Placeholders`.
+    """
+    given = torch.as_tensor(ids)
+    if given.numel() and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):
+        raise TypeError(f"token ids must be integers, got {str(given.dtype).removeprefix('torch.')}")
+    prompt = given.long().reshape(1, -1)
     check_prompt(prompt[0].tolist(), model.config.vocab_size, placeholders_of(model, prompt, rows))
     return prompt.to(model.device)
 
@@ -115,7 +124,8 @@ def check_prompt(ids: Sequence[int], vocab: int, placeholders: Placeholders | No
         raise ValueError("generation needs at least one token to begin from, got an empty prompt")
     text = ids if placeholders is None else [id for id in ids if id not in placeholders.tokens] or [0]
     if min(text) < 0 or max(text) >= vocab:
-        raise ValueError(f"token ids must be in [0, {vocab}), got {min(text)} to {max(text)}")
+        bad = next(id for id in text if not 0 <= id < vocab)
+        raise ValueError(f"token ids must be from 0 to {vocab - 1}, got {bad}")
 
 
 def _tokens(model, prompt, rows, params, max_tokens, stop_ids, first_ids, state) -> Iterator[Token]:

@@ -67,7 +67,7 @@ def native_here(*tensors: Tensor | None) -> bool:
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and all(x is None or x.is_cpu for x in tensors)
+        and all(x is None or (isinstance(x, Tensor) and x.is_cpu) for x in tensors)  # torch refuses others
     )
 
 

@@ -171,9 +171,15 @@ def test_an_empty_prompt_is_refused_at_once(empty, refuses):
         generate(make("retnet"), empty)
 
 
-@pytest.mark.parametrize(("ids", "got"), [([3, 31], "3 to 31"), ([-1, 5], "-1 to 5")], ids=["high", "low"])
+@pytest.mark.parametrize(("ids", "got"), [([3, 31], 31), ([-1, 5], -1)], ids=["high", "low"])
 def test_ids_outside_the_vocabulary_are_refused_at_once(ids, got, refuses):
-    with refuses(f"token ids must be in [0, 31), got {got}"):
+    with refuses(f"token ids must be from 0 to 30, got {got}"):
+        generate(make("retnet"), ids)
+
+
+@pytest.mark.parametrize(("ids", "got"), [([1.5], "float32"), (torch.ones(2, dtype=torch.bool), "bool")])
+def test_ids_that_are_no_integers_are_refused_at_once(ids, got, refuses):
+    with refuses(f"token ids must be integers, got {got}", TypeError):
         generate(make("retnet"), ids)
 
 

@@ -280,8 +280,8 @@ def test_what_does_not_fit(refuses):
         (IDS, {**given, "video": given["image"]}, "the model has no encoder for video: it was trained without any"),
         (IDS, {**given, "image": given["image"][:, 1:]}, "image rows [12, 15]: the encoder reads rows of 16"),
         ([1, 50, 50, 2], {"image": given["image"][:2]}, "2 rows of image: each has 4; give all of them"),
-        ([*IDS, 52], given, "token ids must be in [0, 50), got 1 to 52"),
-        (IDS, {}, "token ids must be in [0, 50), got 1 to 51"),
+        ([*IDS, 52], given, "token ids must be from 0 to 49, got 52"),
+        (IDS, {}, "token ids must be from 0 to 49, got 5"),
     ):
         with refuses(why):
             engine.submit(ids, rows=wrong)

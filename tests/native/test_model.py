@@ -369,9 +369,9 @@ def test_ids_and_positions_of_other_integers(one, same, refuses):
         same(made(ids[:, :8].to(dtype))[0], want, 1e-4)
         moved = State(state.memories, state.position.to(dtype))
         same(made(ids[:, 8:].to(dtype), moved)[0], one(ids)[0][:, 8:], 1e-4)
-    for dtype in (torch.uint8, torch.bool, torch.float32):
+    for bad in (ids.to(torch.uint8), ids.to(torch.bool), ids.float(), ids.tolist(), "ids"):
         with refuses("token ids must be a tensor of int64 or int32, got", TypeError):
-            made(ids.to(dtype))
+            made(bad)
 
 
 def step_of_an_optimiser(model):
