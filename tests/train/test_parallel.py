@@ -25,9 +25,10 @@ from retentive.layers import positions_of
 from retentive.models import build, config_of
 from retentive.train import Parallel, TrainRun
 from retentive.train.checkpoints import folders
-from retentive.train.parallel import Cluster, RankFailed, checksum, parallelize
+from retentive.train.parallel import Cluster, RankFailed, checksum, parallelize, rendezvous
 from retentive.train.parallel.context import part_of
 from retentive.train.parallel.mesh import Axis
+from retentive.train.parallel.rendezvous import joined
 from tests.train.ranks import SMALL, Job
 
 LIMIT = 800
@@ -452,6 +453,24 @@ def test_one_process_says_what_is_wrong(monkeypatch, capsys, tmp_path):
     assert ends("0", ValueError("no room")) == (2, "retentive: no room\n")
     assert ends("1", RankFailed()) == (2, "")
     assert ends("1", ConnectionError("silent for 5 s")) == (2, "retentive: rank 1: silent for 5 s\n")
+
+
+@pytest.mark.parametrize(
+    ("raised", "how"),
+    [
+        ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:34331", "has ended"),
+        ("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 8000ms for recv", "was silent for 8 s"),
+    ],
+)
+def test_a_lost_rank_has_ended_or_was_silent(raised, how, monkeypatch, refuses):
+    """As torch.distributed tells of it among processes of torchrun."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(rendezvous, "connect", lambda *_: None)
+    monkeypatch.setattr(rendezvous, "_cluster", lambda *_: None)
+    monkeypatch.setattr(rendezvous.dist, "get_backend", lambda: "nccl")
+    words = f"another rank of this run {how}: go on with `resume=True`"
+    with refuses(words, ConnectionError), joined(Parallel(patience=8), "cpu"):
+        raise RuntimeError(raised)
 
 
 @pytest.mark.parametrize(

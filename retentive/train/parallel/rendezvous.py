@@ -6,6 +6,7 @@ The environment variables of torchrun (RANK, WORLD_SIZE, LOCAL_RANK) give the ra
 import contextlib
 import datetime
 import os
+import re
 import signal
 import threading
 import time
@@ -65,8 +66,8 @@ def joined(parallel: Parallel, device: str) -> Iterator[Cluster]:
             raise
         if LAUNCHED in os.environ:
             raise RankFailed from error
-        lost = f"another rank of this run has ended, or was silent for {parallel.patience} s"
-        raise ConnectionError(f"{lost}: go on with `resume=True`") from error
+        how = f"was silent for {parallel.patience} s" if timed_out(error) else "has ended"
+        raise ConnectionError(f"another rank of this run {how}: go on with `resume=True`") from error
     if ours:
         leave()
 
@@ -89,6 +90,11 @@ def _cluster(parallel: Parallel, device: str, timeout: datetime.timedelta) -> Cl
 def lost_a_rank(error: Exception) -> bool:
     """True if torch.distributed raised the error because another process ended or timed out."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def timed_out(error: Exception) -> bool:
+    """True if torch.distributed raised the error because another process did not answer in time."""
+    return re.search("timed? ?out", str(error).lower()) is not None
 
 
 def connect(device: str, timeout: datetime.timedelta) -> None:
