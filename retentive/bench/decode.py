@@ -26,7 +26,7 @@ from retentive.bench.lab.options import OnDevice, Say, Sized, silent
 from retentive.bench.lab.plot import grid, legend, panel, tokens
 from retentive.models import cost
 from retentive.options import at_least_one, known
-from retentive.tables import duration, markdown
+from retentive.tables import counted, duration, markdown
 
 LATENCY_AT = 8192
 """Context length at which the picture shows the latency."""
@@ -205,7 +205,8 @@ def table(result: dict[str, Any]) -> str:
             cells.append(decimal(other["memory_bytes"]) + times if "memory_bytes" in other else "–")
         lines.append(cells)
     notes = [
-        f"- The state with its ring is smaller than the cache of {models.NAMES[name]} from {n:,} tokens of context."
+        f"- The state with its ring is smaller than the cache of {models.NAMES[name]} from {counted(n, 'token')} of "
+        "context."
         for name, n in result["break_even"].items()
     ]
     notes += filter(

@@ -115,13 +115,15 @@ def work(tasks: Sequence[Task], *, jobs: int, say: Callable[[str], None], progre
                 if not locked_or_done(task := waiting.pop(0)):
                     active.append(start(task))
                 elif not task.done:
-                    say(f"{task.run.name}: another process trains it; repeat the command when that has ended")
+                    say(taken(task))
             time.sleep(0.1)
             for job in [job for job in active if job.process.poll() is not None]:
                 active.remove(job)
                 code = job.process.returncode
                 if code == 0:
                     say(f"{outcome(job)} ({sum(task.done for task in tasks)} of {len(tasks)})")
+                elif code == TAKEN and not job.task.done:
+                    say(taken(job.task))
                 elif code not in (STOPPED, TAKEN, -signal.SIGTERM):
                     failed = f"{job.task.run.name} {ending(code)}"
             if stop.signal or failed:
@@ -157,6 +159,11 @@ def start(task: Task) -> Job:
     command = [sys.executable, "-m", "retentive.compare.worker", str(os.getpid()), task.argument]
     environment = os.environ | bounded_spin()
     return Job(task, subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True))
+
+
+def taken(task: Task) -> str:
+    """Returns a line on a run that another process has locked."""
+    return f"{task.run.name}: another process trains it; repeat the command when that has ended"
 
 
 def outcome(job: Job) -> str:

@@ -32,6 +32,8 @@ if how == "waits":
     sys.exit(130)
 if how == "fails":
     sys.exit(2)
+if how == "late":
+    sys.exit(75)
 if how == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 from pathlib import Path
@@ -100,6 +102,14 @@ def test_what_another_process_is_at_is_left_to_it(tasks):
     with one.lock:
         work([one, other], say=lines.append)
     assert other.done and not one.done
+    assert lines[0].endswith("another process trains it; repeat the command when that has ended")
+
+
+def test_what_another_process_takes_before_the_worker_is_told(tasks):
+    late, other = tasks("late", "done")
+    lines = []
+    work([late, other], say=lines.append)
+    assert other.done and not late.done
     assert lines[0].endswith("another process trains it; repeat the command when that has ended")
 
 
