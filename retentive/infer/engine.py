@@ -150,7 +150,7 @@ class Engine:
         """Raise ValueError for arguments of `submit` that are out of range."""
         vocab = self.decoder.vocab_size
         if not 1 <= n <= self.slots:
-            raise ValueError(f"n must be from 1 to the engine's {self.slots} slots, got {n}")
+            raise ValueError(f"n must be from 1 to {self.slots}, the engine's slots, got {n}")
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"{option('max_tokens', max_tokens)}: must be at least 1")
         if not 0 <= returns.top <= vocab:

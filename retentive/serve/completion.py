@@ -169,7 +169,7 @@ class Completion:
         """Raises Refused for values that the engine would refuse; names the field."""
         engine, vocab = self.service.engine, self.service.model.config.vocab_size
         if self.n > engine.slots:
-            raise Refused(400, f"n must be from 1 to this server's {engine.slots} slots, got {self.n}", param="n")
+            raise Refused(400, f"n must be from 1 to {engine.slots}, this server's slots, got {self.n}", param="n")
         if outside := [id for id in self.params.bias if not 0 <= id < vocab]:
             raise Refused(400, f"tokens must be in [0, {vocab}), got {outside[0]}", param="logit_bias")
         most = self.service.options.queue  # each prompt takes one place

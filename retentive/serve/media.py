@@ -64,7 +64,7 @@ def content(
             raise Refused(400, f"this model reads only text: it takes no {part.type}", param=field)
         media = [*before, *(each for each in found if isinstance(each, Media))]
         if len(media) >= options.media:
-            most = f"a request may have at most {options.media} pictures and sounds here"
+            most = f"the pictures and sounds of a request are at most {options.media} here"
             raise Refused(400, most, param=field)
         if part.type == "image_url":
             kind, field = "image", field + ".image_url.url"

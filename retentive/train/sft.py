@@ -46,7 +46,8 @@ class SftRun(TrainRun):
     completion). They are packed into a folder beside the run (OUT-data-…). Or a folder packed by `retentive data
     --chats`."""
     init: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = tyro.MISSING
-    """Initial model: run directory, model folder, or hf:owner/name on the hub. A quantised one needs --lora."""
+    """Initial model: run directory, model folder, or hf:owner/name on the hub. A quantised one, as the
+    shipped ones, needs --lora."""
     mode: Mode | Literal["auto"] = "auto"
     """carry: each row continues the one before, with its state, so conversations may be of any length. whole: rows of
     whole conversations. auto: whole for models with attention and for data with pictures or sound, else carry."""

@@ -129,7 +129,7 @@ def test_a_full_queue_and_bad_requests_are_refused(model, refuses):
     for arguments, words in (
         (dict(ids=[]), "at least one token"),
         (dict(ids=[61]), "token ids must be from 0 to 60, got 61"),
-        (dict(ids=[1], n=3), "n must be from 1 to the engine's 2 slots, got 3"),
+        (dict(ids=[1], n=3), "n must be from 1 to 2, the engine's slots, got 3"),
         (dict(ids=[1], max_tokens=0), "`max_tokens=0`: must be at least 1"),
     ):
         with refuses(words):

@@ -227,7 +227,7 @@ BAD = {
         "content[0].image_url.url", "expected base64",
     ),
     "no-sound": ([heard(b"no sound")], "content[0].input_audio.data", "the sound is no sound of WAV, FLAC or OGG"),
-    "too-many": ([seen(picture(n)) for n in range(3)], "content[2]", "at most 2 pictures and sounds here"),
+    "too-many": ([seen(picture(n)) for n in range(3)], "content[2]", "are at most 2 here"),
     "half-base64": (
         [{"type": "image_url", "image_url": {"url": "data:image/png;charset=utf-8;base64,é"}}],
         "content[0].image_url.url", "expected base64",

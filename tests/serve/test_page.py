@@ -594,7 +594,7 @@ def test_a_picture_and_a_sound_go_with_a_message(eyes, visit, tmp_path):
     here["files"].set_input_files([tmp_path / "tile.png"] * 3)
     here["input"].fill("Three?")
     here.page.keyboard.press("Enter")
-    expect(here["error"]).to_contain_text("a request may have at most 2 pictures and sounds")
+    expect(here["error"]).to_contain_text("the pictures and sounds of a request are at most 2")
     expect(here.page.locator("#given img")).to_have_count(3)
     expect(here["input"]).to_have_value("Three?")
     here["files"].set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
