@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from retentive.checkpoint import ModelFolder, save_model
+from retentive.checkpoint.folder import sampling_of
 from retentive.checkpoint.quantize_folder import quantize_folder
 from retentive.data.templates import load_template
 from retentive.data.tokenizer import Tokenizer, load_tokenizer
@@ -275,14 +276,9 @@ def chat(
     if max_tokens < 1:
         raise ValueError(f"{option('max_tokens', max_tokens)}: must be at least 1")
     file = None if template is None else Path(template)
-    if isinstance(model, LanguageModel):
-        own, words = opened(model, tokenizer)
-        found, default = load_template({}, words, file), TEXT
-    else:
-        folder = ModelFolder.open(model)
-        own, words = opened(folder, tokenizer)
-        found, default = folder.template(words, file), folder.sampling or TEXT
-    params = replace(default, **sampling)
+    own, words = opened(model, tokenizer)
+    found = load_template(own.origin or {}, words, file)
+    params = replace(sampling_of(own.origin) or TEXT, **sampling)
     return Chat(own, words, found, memory=memory, max_tokens=max_tokens, sampling=params)
 
 

@@ -168,17 +168,7 @@ class ModelFolder:
 
         None without such a file, or if it recommends nothing. Raises ValueError if the file is damaged.
         """
-        file = self.path / GENERATION
-        if self.gguf or not file.is_file():
-            return None
-        raw = _read_json(file)
-        known = {name: raw[name] for name in SAMPLED if raw.get(name) is not None}
-        if raw.get("do_sample") is False and known:
-            known["temperature"] = 0.0
-        try:
-            return SamplingParams(**known) if known else None
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{file}: {error}; fix the file, or delete it") from None
+        return sampling_of(self._words)
 
     @property
     def _words(self) -> Path | Mapping[str, Any]:
@@ -278,6 +268,7 @@ class ModelFolder:
             if self.encoders:
                 with_encoders(model, self.encoders)
         fill(model, tensors, device=device, dtype=dtype, where=self.name)
+        model.origin = (adapter or self)._words
         return model.eval()
 
     def _accepted(self, change: "ModelFolder") -> Adapter:
@@ -310,6 +301,21 @@ def load(
     change = None if adapter is None else ModelFolder.open(adapter)
     model = folder.model(device=device, dtype=dtype, adapter=change, weights=weights)
     return model, folder.tokenizer
+
+
+def sampling_of(origin: Path | Mapping[str, Any] | None) -> SamplingParams | None:
+    """Returns the sampling that is recommended for a model with this `origin`, as `ModelFolder.sampling`."""
+    file = origin / GENERATION if isinstance(origin, Path) else None
+    if file is None or not file.is_file():
+        return None
+    raw = _read_json(file)
+    known = {name: raw[name] for name in SAMPLED if raw.get(name) is not None}
+    if raw.get("do_sample") is False and known:
+        known["temperature"] = 0.0
+    try:
+        return SamplingParams(**known) if known else None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}; fix the file, or delete it") from None
 
 
 def _dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:

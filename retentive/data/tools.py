@@ -98,15 +98,30 @@ class Notation:
 
 
 PLAIN = Notation("", "\n", '{"name": "', '", "arguments": ', None, "}")
-"""Notation for a model whose template shows no tools, of a call that is asked for."""
+"""Notation for a model whose template shows no tools."""
 
 
-def announced(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Returns messages that tell of the tools in a system message, for a template that shows none."""
+def in_words(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns messages for a template that shows no tools: these are in a system message, calls and results are text.
+
+    Args:
+        messages: with `tool_calls`, and of the role "tool".
+    """
+    said = list[Mapping[str, Any]]()
+    for message in messages:
+        if message["role"] == "tool":
+            said.append({"role": "user", "content": f"Result: {message['content']}"})
+            continue
+        functions = [call["function"] for call in message.get("tool_calls", ())]
+        calls = [Call(each["name"], json.dumps(each["arguments"], ensure_ascii=False)) for each in functions]
+        text = "\n".join([*filter(None, [message["content"]]), *(PLAIN.answer("", [call]) for call in calls)])
+        said.append({"role": message["role"], "content": text} if calls else message)
+    if not tools:
+        return said
     told = "\n".join(["Functions:", *(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)])
-    if messages and messages[0]["role"] == "system" and isinstance(messages[0]["content"], str):
-        return [{**messages[0], "content": f"{messages[0]['content']}\n\n{told}"}, *messages[1:]]
-    return [{"role": "system", "content": told}, *messages]
+    if said and said[0]["role"] == "system" and isinstance(said[0]["content"], str):
+        return [{**said[0], "content": f"{said[0]['content']}\n\n{told}"}, *said[1:]]
+    return [{"role": "system", "content": told}, *said]
 
 
 def find_notation(render: Render, special: re.Pattern[str]) -> Notation:

@@ -48,13 +48,16 @@ def classify(
     """
     if isinstance(texts, str) or not texts:
         raise ValueError("`texts` must be a list of texts, one or more")
+    if isinstance(labels, str):
+        raise ValueError(f"`labels` must be a list of texts, two or more, got {labels!r}")
     for text in (*texts, *labels):
         check_type("a text or label", text, str)
     if len(labels) < 2:
         raise ValueError(f"`labels` must be two or more, got {len(labels)}")
     for n, label in enumerate(labels):
         if other := next((x for m, x in enumerate(labels) if m != n and x.startswith(label)), None):
-            raise ValueError(f"the label {label!r} is the beginning of {other!r}: choose others")
+            twice = f"stands twice in {list(labels)}" if other == label else f"is the beginning of {other!r}"
+            raise ValueError(f"the label {label!r} {twice}: choose others")
     if "{text}" not in prompt:
         raise ValueError(f"`prompt` must have {{text}} where the text belongs, got {prompt!r:.60}")
     asked = [*texts, ""] if calibrate else list(texts)

@@ -155,12 +155,9 @@ def _several(
     prompts: Sequence[Any] = [prompt] if one else prompt
     if not prompts:
         raise ValueError("`prompt` is an empty list: name one or more")
-    place = model if isinstance(model, nn.Module) else ModelFolder.open(model)
-    model, tokenizer = opened(place, tokenizer)
-    template = None
-    if any(is_chat(each) for each in prompts):
-        folder = place if isinstance(place, ModelFolder) else None
-        template = folder.template(tokenizer) if folder else load_template({}, tokenizer)
+    model, tokenizer = opened(model, tokenizer)
+    chats = any(is_chat(each) for each in prompts)
+    template = load_template(getattr(model, "origin", None) or {}, tokenizer) if chats else None
     if isinstance(memory, str | Path):
         memory = load_memory(memory, model)
     how: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, "n": n, "template": template, "memory": memory}
@@ -175,7 +172,7 @@ def _several(
 def opened(
     model: LanguageModel | ModelFolder | str | Path, tokenizer: Tokenizer | str | None
 ) -> tuple[LanguageModel, Tokenizer]:
-    """Returns the model and its tokenizer; a folder's model is run by the engine that `retentive generate` would take.
+    """Returns the model and its tokenizer; the model is run by the engine that `retentive generate` would take.
 
     Raises:
         TypeError: neither a model nor a folder, or the name of a tokenizer beside a model.
@@ -196,7 +193,7 @@ def opened(
         raise TypeError(
             f"tokenizer must be a tokenizer, as load_tokenizer({str(tokenizer)!r}) returns it, got a string"
         )
-    return model, tokenizer
+    return with_engine(model) if isinstance(model, LanguageModel) else model, tokenizer
 
 
 def _method(

@@ -76,6 +76,8 @@ class LanguageModel(nn.Module):
     """True if the model chooses the number of threads of a call itself."""
     config: Any
     """ModelConfig; a PeerConfig for a peer."""
+    origin: Any = None
+    """Folder that it was loaded from, where its chat template is; or a GGUF file's settings. None for a new model."""
     embed: nn.Embedding
     head: nn.Linear
     blocks: nn.ModuleList

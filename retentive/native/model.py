@@ -113,7 +113,7 @@ class NativeModel(LanguageModel):
         if reason := refused(model):
             raise ValueError(f"the native engine cannot run this model: {reason}")
         nn.Module.__init__(self)  # its parts are those of the model
-        self.config = model.config
+        self.config, self.origin = model.config, model.origin
         for name, module in model.named_children():
             self.add_module(name, module)
         self._packed = Packed(model)

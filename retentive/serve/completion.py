@@ -99,7 +99,7 @@ class Completion:
                 checkout = service.sessions.checkout(self.owner, request.session, new=True)
                 self.conversation = self.exits.enter_context(checkout)
             self._check_fields()
-            self._check_tools()
+            self._find_notation()
             self.constraint = await self._constraint()
             self._watch(client_leaves)
             encode = partial(request.prompts, self.conversation, service.options, service.open_media)
@@ -204,23 +204,11 @@ class Completion:
         except ValueError as error:
             raise Refused(400, str(error), param=self.request.prompt_field) from None
 
-    def _check_tools(self) -> None:
-        """Finds the notation of the calls that may come.
-
-        Raises:
-            Refused: there are tools and the model's template shows none. A call that must come is served nevertheless:
-                clients ask for JSON that way.
-        """
-        request, template = self.request, self.conversation.template
-        if not isinstance(request, ChatRequest) or not request.uses_tools:
-            return
-        if template.shows_tools:
-            self.notation = template.notation if request.callable else None
-        elif request.callable and request.must_call:
-            self.notation = PLAIN
-        else:
-            why = "its chat template shows none; ask for JSON with response_format, or for a call with tool_choice"
-            raise Refused(400, f"this model takes no tools: {why}", param="tools", code="tools_not_served")
+    def _find_notation(self) -> None:
+        """Finds the notation of the calls that may come; a template that shows no tools has a plain one."""
+        if self.request.callable:
+            template = self.conversation.template
+            self.notation = template.notation if template.shows_tools else PLAIN
 
     async def _constraint(self) -> Callable[[], Constraint] | None:
         """Returns a function that makes constraints for response_format or tools; None for any text.

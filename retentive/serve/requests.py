@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from retentive.data.media import Media, media_of
 from retentive.data.tokenizer import Tokenizer
-from retentive.data.tools import announced
+from retentive.data.tools import in_words
 from retentive.infer import SamplingParams
 from retentive.infer.conversation import NAME, Conversation
 from retentive.serve.choices import Prompt
@@ -297,8 +297,8 @@ class ChatRequest(Generation):
             messages.append({"role": roles.get(m.role, m.role), "content": found, **called})
         try:
             tools = [tool.described() for tool in self.callable]
-            if tools and not conversation.template.shows_tools:
-                messages, tools = announced(messages, tools), []
+            if self.uses_tools and not conversation.template.shows_tools:
+                messages, tools = in_words(messages, tools), []
             ids, rows = conversation.turn(messages, tools)
             return [Prompt(ids, rows=rows)]
         except ValueError as error:

@@ -44,7 +44,7 @@ from retentive.train.initial import (
 )
 from retentive.train.log import say
 from retentive.train.loop import train
-from retentive.train.objective import Objective, language_modelling
+from retentive.train.objective import Objective, check_calls, language_modelling
 from retentive.train.parallel import ALONE, Cluster, Parallel, checksum
 from retentive.train.parallel.rendezvous import joined, several
 from retentive.train.prepare import prepare
@@ -192,6 +192,7 @@ class TrainRun:
         with joined(self.parallel, self.train.device) as cluster:
             with cluster.barrier():
                 self.check()
+                check_calls(objective, callbacks)
                 run = self.on_packed(shown, quiet=quiet)
                 data = run.opened()
                 run = run.settled(data, overrides, quiet=quiet)
@@ -221,6 +222,8 @@ class TrainRun:
             ValueError, OSError: as `texts.packed`; or there are several processes, or weights of the texts.
         """
         sources = self.data if isinstance(self.data, tuple) else (self.data,)
+        if absent := [path for path in sources if not path.exists()]:
+            raise FileNotFoundError(f"{absent[0]} does not exist: name a text, a folder of texts, or packed data")
         texts, others = ([path for path in sources if is_text(path) == wanted] for wanted in (True, False))
         if not texts:
             return self
@@ -240,6 +243,11 @@ class TrainRun:
             raise ValueError(f"{option('out', self.out)} is the model that the run begins with: choose another folder")
         if self.teacher and self.mode == "carry":
             raise ValueError("`teacher` reads every row from its beginning: use another mode than carry")
+        if self.batch < 1 or self.length < 1:
+            raise ValueError(f"`batch` and `length` must be at least 1, got {self.batch} and {self.length}")
+        pick_device(self.train.device)
+        if not (self.init or self.resume):
+            self.config(2)  # no field depends on the vocabulary
         RunDirectory(self.out, existing=self.existing).check()
         if self.init and not self.resumes:
             if self.lora and self.base.adapter:

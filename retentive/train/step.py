@@ -16,7 +16,7 @@ import torch
 from retentive.models import LanguageModel
 from retentive.train.config import TrainConfig
 from retentive.train.ema import EMA
-from retentive.train.objective import Objective
+from retentive.train.objective import Objective, checked
 from retentive.train.optim import learning_rate, optimizer_of
 from retentive.train.parallel import ALONE, Cluster, clip_gradients
 from retentive.train.qat import Rounding
@@ -103,7 +103,8 @@ def accumulate_gradients(training: Training) -> tuple[float, int]:
     for micro in range(config.accumulate):
         batch = training.batches[training.step * config.accumulate + micro].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            losses, count, training.carried = training.objective(training.model, batch, training.carried)
+            made = training.objective(training.model, batch, training.carried)
+            losses, count, training.carried = checked(made)
             (count_of_all,) = cluster.sum(count)
             loss = losses / max(count_of_all, 1)
         # outside autocast, as torch requires; scaled because ranks average gradients, and the sum is wanted

@@ -46,7 +46,7 @@ def test_probabilities_are_of_the_labels_after_the_text(calibrate, model):
         ("a", LABELS, {}, "`texts` must be a list"),
         (["a"], ["good"], {}, "`labels` must be two or more, got 1"),
         (["a"], ["good", "goodness"], {}, "the label 'good' is the beginning of 'goodness': choose others"),
-        (["a"], ["good", "good"], {}, "the label 'good' is the beginning of 'good'"),
+        (["a"], ["good", "good"], {}, "the label 'good' stands twice"),
         (["a"], ["good", 3], {}, "a text or label must be a string, got 3"),
         (["a"], LABELS, {"prompt": "Verdict:"}, "`prompt` must have {text} where the text belongs"),
         (["a"], LABELS, {"calibration": True}, "classify has no option 'calibration': did you mean calibrate?"),

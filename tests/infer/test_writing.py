@@ -1,5 +1,6 @@
 """`retentive.generate` and `retentive.stream_generate`: the library's own tokens as text, without the prompt."""
 
+import copy
 import inspect
 from dataclasses import fields
 
@@ -13,6 +14,7 @@ from retentive.infer import SamplingParams, write_on
 from retentive.infer.memory import save
 from retentive.infer.writing import TEXT
 from retentive.models import build, retnet
+from retentive.native import with_engine
 from tests.infer.memories import remember
 
 PROMPT = "The café "
@@ -165,3 +167,20 @@ def test_weights_of_nan_write_nothing(how, model, tokenizer, refuses):
 def test_an_endless_temperature_picks_all_tokens_alike(model, tokenizer):
     """All allowed tokens are equally likely: the first one after "The" must begin with its last letter."""
     assert retentive.generate(model, tokenizer, "The", temperature=1e308, top_p=1.0, seed=0, max_tokens=40)
+
+
+def test_a_model_in_memory_is_as_good_as_its_folder(tmp_path):
+    """It has the chat template and the sampling of its folder, and the engine that the folder's model would have."""
+    pytest.importorskip("jinja2", reason="chat templates need pip install 'retentive[serve]'")
+    model = build(retnet(vocab_size=257, dim=32, layers=1, heads=2))
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}<assistant>"
+    save_model(tmp_path / "own", model, ByteTokenizer(), template=template)
+    (tmp_path / "own" / "generation_config.json").write_text('{"temperature": 0.3}')
+    loaded, tokenizer = retentive.load(tmp_path / "own")
+    said = [{"role": "user", "content": "Who?"}]
+    how = dict(prompt=said, temperature=0, max_tokens=8)
+    assert retentive.generate(loaded, tokenizer, **how) == retentive.generate(tmp_path / "own", **how)
+    with retentive.chat(loaded, tokenizer) as chat:
+        assert chat.conversation.template.source == template and chat.sampling.temperature == 0.3
+        assert type(chat.engine.model) is type(with_engine(loaded))  # in C, if that is here
+    assert copy.deepcopy(loaded).origin == loaded.origin

@@ -9,6 +9,7 @@ pytest.importorskip("llguidance", reason="tool calls need pip install 'retentive
 
 from retentive.checkpoint import save_model
 from retentive.data.tokenizer import ByteTokenizer
+from retentive.data.tools import in_words
 from retentive.models import build, retnet
 from retentive.serve.messages import Tool
 from retentive.serve.options import Options
@@ -216,8 +217,30 @@ def test_a_call_that_is_asked_for_needs_no_tools_in_the_template(retnet):
         assert reply.usage.prompt_tokens > 200  # with both functions, in bytes
 
 
-def test_a_model_without_tools_says_so(retnet):
-    for messages, tools in ((ASKED, TOOLS), (TOLD, None)):
-        reply = retnet.http().post("/v1/chat/completions", json={"messages": messages, "tools": tools})
-        assert reply.status_code == 400 and reply.json()["error"]["code"] == "tools_not_served"
-        assert "this model takes no tools: its chat template shows none" in reply.json()["error"]["message"]
+def test_a_model_whose_template_shows_no_tools(retnet):
+    """Calls and results are text in its prompt, and it may write a call as well as any text."""
+    told = [*TOLD, {"role": "user", "content": "And now?"}]
+    for messages in (told, [{"role": "system", "content": "Be brief."}, *told]):
+        [choice] = (
+            retnet.client()
+            .chat.completions.create(model="retnet", messages=messages, tools=TOOLS, temperature=0, max_tokens=20)
+            .choices
+        )
+        assert choice.finish_reason == "length" and choice.message.content
+    first = retnet.client().responses.create(
+        model="retnet", input="Rome?", tools=FLAT, temperature=0, tool_choice="required", parallel_tool_calls=False
+    )
+    [call] = first.output
+    told = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
+    how = dict(model="retnet", input=[told], previous_response_id=first.id, temperature=0, max_output_tokens=5)
+    assert retnet.client().responses.create(**how).output_text
+
+
+def test_calls_and_results_in_words():
+    call = {"function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    said = in_words(
+        [*ASKED, TOLD[1] | {"tool_calls": [call, call]}, TOLD[2]], [Tool.model_validate(TOOLS[1]).described()]
+    )
+    assert [m["role"] for m in said] == ["system", "user", "assistant", "user"]
+    assert said[0]["content"].startswith('Functions:\n{"name": "clock"') and said[3]["content"] == "Result: rain"
+    assert said[2]["content"].split("\n") == ["Wait.", *['{"name": "weather", "arguments": {"city": "Rome"}}'] * 2]

@@ -1,6 +1,7 @@
 """`retentive.train(objective=…, callbacks=[…])`: a user's loss and functions after each step."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -64,3 +65,43 @@ def test_a_teacher_is_an_objective_already(place):
     retentive.train("my.txt", "teacher", steps=1, **FEW)
     with pytest.raises(ValueError, match="`teacher` is an objective: leave out either it or your own"):
         retentive.train("my.txt", "run", steps=1, teacher="teacher", objective=language_modelling, **FEW)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"callbacks": print}, "`callbacks` must be a list of functions"),
+        ({"callbacks": [5]}, "a callback must be a function of the training and the metrics, got 5"),
+        ({"callbacks": [dict]}, "a callback must be a function"),
+        ({"objective": "mse"}, "`objective` must be a function of model, batch and state, got 'mse'"),
+        ({"size": "1q"}, "1q"),
+        ({"batch": 0}, "`batch` and `length` must be at least 1"),
+        ({"device": "tpu"}, "tpu"),
+        ({"set": {"heads": 3}}, "heads"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_found_before_anything_is_packed(how, words, tmp_path):
+    (tmp_path / "my.txt").write_text("Once upon a time.\n" * 200)
+    with pytest.raises((TypeError, ValueError), match=re.escape(words)):
+        retentive.train(tmp_path / "my.txt", tmp_path / "run", **{"steps": 1, "size": "1m", **how})
+    assert [file.name for file in tmp_path.iterdir()] == ["my.txt"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        (
+            lambda model, batch, state: model(batch.ids)[0].mean(),
+            "an objective must return (sum of the losses, a tensor",
+        ),
+        (lambda model, batch, state: (model(batch.ids)[0].mean(), 1), "got a 2-tuple"),
+        (lambda model, batch, state: (1.0, 1, None), "an objective must return"),
+        (lambda model, batch, state: (model(batch.ids)[0].sum().detach(), 1, None), "has no gradient"),
+    ],
+)
+def test_what_an_objective_returns_is_checked(objective, words, tmp_path):
+    (tmp_path / "my.txt").write_text("Once upon a time.\n" * 200)
+    tiny = dict(size="1m", set={"dim": 16, "layers": 1, "heads": 2}, batch=2, length=16)
+    with pytest.raises((TypeError, ValueError), match=re.escape(words)):
+        retentive.train(tmp_path / "my.txt", tmp_path / "run", steps=1, objective=objective, **tiny)
