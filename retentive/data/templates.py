@@ -225,6 +225,8 @@ class ChatTemplate:
         if not calls:
             return lead + text
         made = [Call(call["name"], json.dumps(call["arguments"], ensure_ascii=False)) for call in calls]
+        if not self.shows_tools:
+            raise ValueError("the chat template shows no tool calls: give one that does (`template`)")
         return (lead if text else "") + self.notation.answer(text, made)
 
     @functools.cached_property

@@ -136,18 +136,18 @@ def find_notation(render: Render, special: re.Pattern[str]) -> Notation:
     """
     question = [{"role": "user", "content": "."}]
     if TOOL["function"]["name"] not in render(question, tools=[TOOL]):  # type: ignore[index]
-        raise ValueError("its chat template shows no tools")
+        raise ValueError("the chat template shows no tools")
     gap, (begin, middle), after = _shown(render, question, NAMES[:1])
     lead, _, _ = _shown(render, question, NAMES[:1], text="")
     end = special.search(after)
     if end is None:
-        raise ValueError("its chat template ends tool calls with no special token")
+        raise ValueError("the chat template ends tool calls with no special token")
     try:
         _, (_, _, between, _), _ = _shown(render, question, NAMES)
     except ValueError:  # the template refuses more than one call, or shows the first alone
         between = None
     if special.search(begin + middle + (between or "")):
-        raise ValueError("its chat template writes tool calls with special tokens, which is not served")
+        raise ValueError("the chat template writes tool calls with special tokens, which is not served")
     return Notation(lead, gap, begin, middle, between, after[: end.start()])
 
 
@@ -167,7 +167,7 @@ def _shown(render: Render, question: list[Any], names: Sequence[str], text: str 
         asked = render(question, tools=[TOOL])
         shown = render([*question, {**answer, "content": ""}], ask=False, tools=[TOOL])
         if not shown.startswith(asked):
-            raise ValueError("its chat template asks for an answer otherwise than it shows a tool call")
+            raise ValueError("the chat template asks for an answer otherwise than it shows a tool call")
         shown = TEXT + shown[len(asked) :]
     rest, parts = shown.split(TEXT)[-1], list[str]()
     for name in names:
@@ -178,12 +178,12 @@ def _shown(render: Render, question: list[Any], names: Sequence[str], text: str 
         except (ValueError, IndexError):
             value, stop = None, 0
         if at < 0 or start < at or value != {KEY: 1}:
-            raise ValueError("its chat template shows no name and JSON arguments of a tool call")
+            raise ValueError("the chat template shows no name and JSON arguments of a tool call")
         parts += [rest[:at], rest[at + len(name) : start]]
         rest = rest[stop:]
     begin = parts[0].lstrip()
     if not begin or not parts[1]:
-        raise ValueError("its chat template marks no beginning of a tool call")
+        raise ValueError("the chat template marks no beginning of a tool call")
     return parts[0][: len(parts[0]) - len(begin)], [begin, *parts[1:]], rest
 
 

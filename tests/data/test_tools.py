@@ -2,9 +2,12 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 
+from retentive.checkpoint import ModelFolder
+from retentive.checkpoint.find import shipped
 from retentive.data.templates import BUILT_IN, TURNS, ChatTemplate
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.data.tools import Call, check_arguments, described
@@ -80,6 +83,24 @@ def test_what_is_taught_is_what_is_read(source, text, learnt):
     if learnt:
         assert shown.notation.split(first.removeprefix("Assistant:").strip())[0] == text
         assert len(shown.notation.split(first)[1]) == 2
+
+
+def test_the_example_for_models_of_chatml():
+    """It writes conversations without tools as the model's own template does, apart from its default system message."""
+    if "smollm2-retnet-135m" not in shipped():
+        pytest.skip("the model comes with a clone alone")
+    folder = ModelFolder.open("smollm2-retnet-135m")
+    tokenizer = folder.tokenizer
+    shown = folder.template(tokenizer, Path(__file__).parents[2] / "examples" / "chatml-tools.jinja")
+    plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rome?"}]
+    assert shown.first(plain) == folder.template(tokenizer).first(plain)
+    call = {"function": {"name": "f", "arguments": {"a": 1}}}
+    said = [*plain, {"role": "assistant", "content": "", "tool_calls": [call, call]}, {"role": "tool", "content": "1"}]
+    said, tools = [*said, {"role": "assistant", "content": "One."}], [described({"name": "f"})]
+    [(ids, answers)] = shown.taught([said], [tools])
+    assert ids == shown.first(said, tools)[: len(ids)] and "call these functions:\n{" in tokenizer.decode(ids)
+    written = tokenizer.decode([id for id, answer in zip(ids, answers, strict=True) if answer])
+    assert written == shown.notation.answer("", [Call("f", '{"a": 1}')] * 2) + "One."
 
 
 def test_more_calls_than_the_template_shows():
