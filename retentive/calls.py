@@ -356,7 +356,7 @@ def serve(
     """
     from retentive.serve.options import Options
 
-    check_names("serve", options, {f.name for f in fields(Options)})
+    check_names("serve", options, {f.name for f in fields(Options)} | {"host", "port", "tokenizer", "adapter"})
     chosen = Options(**options).with_environment_keys()
     try:
         from retentive.serve.server import serve as run
