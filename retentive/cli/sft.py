@@ -17,4 +17,4 @@ def main(argv: list[str]) -> None:
     typed = typed_options(argv)
     if "set" in typed:
         run = replace(run, set=read_changes(list(run.set)))
-    carry_out(run, typed, shown=partial(shown, sys.stderr), say=say)
+    carry_out(run, typed, then="chat", shown=partial(shown, sys.stderr), say=say)

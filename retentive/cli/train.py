@@ -20,11 +20,13 @@ import tyro
 from retentive.cli.data import shown
 from retentive.cli.errors import flags, one_line
 from retentive.cli.parsing import parse, typed_options
+from retentive.cli.progress import say
 from retentive.models import FIELDS as MODEL_FIELDS
 from retentive.models.encoders import CONFIGS as ENCODERS
 from retentive.train import Interrupted, Parallel, TrainConfig, TrainRun
 from retentive.train.checkpoints import folders
 from retentive.train.parallel import RankFailed
+from retentive.train.parallel.rendezvous import several
 
 RECIPE = "With --recipe FILE.py, options come from the function recipe() in the file; further flags override them."
 OPTIONS = {f.name for kind in (TrainRun, TrainConfig, Parallel) for f in fields(kind)}
@@ -96,10 +98,16 @@ def _rank(run: TrainRun, chosen: Collection[str]) -> None:
         carry_out(run, chosen)
 
 
-def carry_out(run: TrainRun, chosen: Collection[str], **how: Any) -> None:
-    """Train the run, and end the process if it was stopped or another rank has failed."""
+def carry_out(run: TrainRun, chosen: Collection[str], *, then: str = "generate", **how: Any) -> None:
+    """Train the run, and end the process if it was stopped or another rank has failed.
+
+    Args:
+        then: verb to name at the end.
+    """
     with stoppable(run.out):
         run.run(overrides=chosen, **how)
+        if not several():  # each rank of torchrun would say so
+            say(f"{run.out}: saved; next: retentive {then} {run.out}")
 
 
 @contextmanager
