@@ -44,7 +44,7 @@ def refused(model: Any) -> str | None:
 
 
 def with_engine(model: LanguageModel, engine: str = "auto") -> LanguageModel:
-    """The model, read by one of ENGINES.
+    """The model, read by one of ENGINES; one that the native engine reads already is returned as it is.
 
     Raises:
         ValueError: the engine is unknown, or is "native" and cannot run the model.
@@ -52,7 +52,7 @@ def with_engine(model: LanguageModel, engine: str = "auto") -> LanguageModel:
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}, expected one of {', '.join(ENGINES)}")
-    if engine == "torch" or (engine == "auto" and refused(model)):
+    if engine == "torch" or isinstance(model, NativeModel) or (engine == "auto" and refused(model)):
         return model
     try:
         return NativeModel(model)

@@ -184,3 +184,5 @@ def test_a_model_in_memory_is_as_good_as_its_folder(tmp_path):
         assert chat.conversation.template.source == template and chat.sampling.temperature == 0.3
         assert type(chat.engine.model) is type(with_engine(loaded))  # in C, if that is here
     assert copy.deepcopy(loaded).origin == loaded.origin
+    native = with_engine(loaded)
+    assert with_engine(native) is native and retentive.generate(native, tokenizer, **how)
