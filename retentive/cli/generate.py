@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -78,7 +78,8 @@ def run(command: GenerateCommand) -> None:
     if command.image or command.audio:
         type_out("", about(command, model, tokenizer, prompt))
         return
-    how = {"beams": command.beams, "lookup": command.lookup, "draft": draft, **asdict(command.sampling)}
+    how: dict[str, Any] = {"beams": command.beams, "lookup": command.lookup, "draft": draft, "engine": command.engine}
+    how |= asdict(command.sampling)
     type_out(
         prompt,
         stream_generate(model, tokenizer, prompt, max_tokens=command.max_tokens, stop=command.stop, **how),

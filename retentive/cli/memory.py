@@ -208,7 +208,8 @@ def ask(command: AskCommand) -> None:
         how: dict[str, Any] = {"max_tokens": command.max_tokens, "stop": stop}
         type_out("", media.answer_to(model, template, ids, memory.state, command.sampling, **how))
         return
-    how = {"max_tokens": command.max_tokens, "stop": command.stop, **asdict(command.sampling)}
+    how = {"max_tokens": command.max_tokens, "stop": command.stop, "engine": command.engine}
+    how |= asdict(command.sampling)
     type_out(prompt, stream_generate(model, tokenizer, prompt, memory=command.memory, **how))
 
 

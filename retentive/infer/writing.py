@@ -97,6 +97,7 @@ def stream_generate(
     beams: int = 0,
     lookup: bool = False,
     draft: LanguageModel | None = None,
+    engine: str = "auto",
 ) -> Iterator[str]:
     """Yields generated text after `prompt` in pieces, as they come. Options as for `generate`, and these.
 
@@ -106,6 +107,8 @@ def stream_generate(
         beams: beam search with this many beams, whose best text comes as a whole at the end; 0 samples.
         lookup: speculative decoding with guesses from the text itself (prompt look-up): faster for repetitive text.
         draft: speculative decoding with guesses of this smaller model with the same vocabulary.
+        engine: engine on a CPU: native (C), torch, or auto: native if it can run the model. C packs the weights in each
+            call, unless the model is one of `retentive.native.with_engine`.
 
     Raises:
         TypeError: an argument has a wrong type.
@@ -120,7 +123,7 @@ def stream_generate(
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, bias or {}, seed)
     stop = stops(stop)  # checked now, since the rest is a generator
     how = _method(params, beams, lookup, draft)
-    model, tokenizer = opened(model, tokenizer)
+    model, tokenizer = opened(model, tokenizer, engine)
     check_bias(params, model.config.vocab_size)
     if isinstance(memory, str | Path):
         memory = load_memory(memory, model)
@@ -150,12 +153,13 @@ def _several(
             raise ValueError(f"`{name}` is for one text after one prompt: call it for each")
     if max_tokens < 1:
         raise ValueError(f"{option('max_tokens', max_tokens)}: must be at least 1")
-    memory, params = more.pop("memory", None), SamplingParams(**more)
+    memory, engine = more.pop("memory", None), more.pop("engine", "auto")
+    params = SamplingParams(**more)
     one = isinstance(prompt, str) or is_chat(prompt)
     prompts: Sequence[Any] = [prompt] if one else prompt
     if not prompts:
         raise ValueError("`prompt` is an empty list: name one or more")
-    model, tokenizer = opened(model, tokenizer)
+    model, tokenizer = opened(model, tokenizer, engine)
     chats = any(is_chat(each) for each in prompts)
     template = load_template(getattr(model, "origin", None) or {}, tokenizer) if chats else None
     if isinstance(memory, str | Path):
@@ -170,9 +174,9 @@ def _several(
 
 
 def opened(
-    model: LanguageModel | ModelFolder | str | Path, tokenizer: Tokenizer | str | None
+    model: LanguageModel | ModelFolder | str | Path, tokenizer: Tokenizer | str | None, engine: str = "auto"
 ) -> tuple[LanguageModel, Tokenizer]:
-    """Returns the model and its tokenizer; the model is run by the engine that `retentive generate` would take.
+    """Returns the model and its tokenizer; the model is run by the `engine`, as `retentive generate` has it.
 
     Raises:
         TypeError: neither a model nor a folder, or the name of a tokenizer beside a model.
@@ -184,7 +188,7 @@ def opened(
             tokenizer = folder.tokenizer_for_text(tokenizer)
         except FileNotFoundError as error:  # a text in its place
             raise FileNotFoundError(f"{error}; a text to continue is given as `prompt`") from None
-        return with_engine(folder.model()), tokenizer
+        return with_engine(folder.model(), engine), tokenizer
     if not isinstance(model, nn.Module):  # accepts compiled or wrapped models
         raise TypeError(f"model must be a model or its folder, got {type(model).__name__}")
     if tokenizer is None:
@@ -193,7 +197,7 @@ def opened(
         raise TypeError(
             f"tokenizer must be a tokenizer, as load_tokenizer({str(tokenizer)!r}) returns it, got a string"
         )
-    return with_engine(model) if isinstance(model, LanguageModel) else model, tokenizer
+    return with_engine(model, engine) if isinstance(model, LanguageModel) else model, tokenizer
 
 
 def _method(

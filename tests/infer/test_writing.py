@@ -186,3 +186,12 @@ def test_a_model_in_memory_is_as_good_as_its_folder(tmp_path):
     assert copy.deepcopy(loaded).origin == loaded.origin
     native = with_engine(loaded)
     assert with_engine(native) is native and retentive.generate(native, tokenizer, **how)
+
+
+@pytest.mark.parametrize("engine", ["torch", "native"])
+def test_the_engine_may_be_chosen(engine, model, tokenizer, monkeypatch):
+    made = []
+    monkeypatch.setattr("retentive.infer.writing.with_engine", lambda model, engine: made.append(engine) or model)
+    retentive.generate(model, tokenizer, "a", max_tokens=1, engine=engine)
+    retentive.generate(model, tokenizer, ["a", "b"], max_tokens=1, engine=engine)
+    assert made == [engine] * 2
