@@ -32,7 +32,7 @@ EXCEPTIONS = {
     "export/native.py": "a README that names the flags of CMake",
 }
 """Files whose strings may name flags, and why."""
-OTHERS = {"image", "audio", "json", "texts", "labels", "pooling", "n"}
+OTHERS = {"image", "audio", "json", "texts", "labels", "pooling", "n", "objective", "callbacks"}
 """Options beside the fields of commands: interpolated kinds of media, --json, which each verb has for itself, and those
 of calls that no verb makes."""
 

@@ -244,7 +244,7 @@ class TrainRun:
         if self.teacher and self.mode == "carry":
             raise ValueError("`teacher` reads every row from its beginning: use another mode than carry")
         if self.batch < 1 or self.length < 1:
-            raise ValueError(f"`batch` and `length` must be at least 1, got {self.batch} and {self.length}")
+            raise ValueError(f"{option('batch', self.batch)}, {option('length', self.length)}: each must be at least 1")
         pick_device(self.train.device)
         if not (self.init or self.resume):
             self.config(2)  # no field depends on the vocabulary

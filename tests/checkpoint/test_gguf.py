@@ -157,7 +157,7 @@ def test_an_adapter_may_change_it(worded, tmp_path, refuses, same):
     with open(file, "r+b") as opened:
         opened.seek(-4, 2)
         opened.write(bytes(4))
-    with refuses("pass that model"):
+    with refuses("has changed since this adapter was trained on it; pass the model as it was then"):
         retentive.load(tmp_path / "change")
 
 

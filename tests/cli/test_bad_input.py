@@ -176,7 +176,7 @@ def test_a_device_that_is_not_there(argv, refused, train):
 
 
 DATA = {
-    "missing": (lambda: shutil.rmtree("data"), "data does not exist: expected a folder that `retentive data` wrote"),
+    "missing": (lambda: shutil.rmtree("data"), "data does not exist: name a text, a folder of texts, or packed data"),
     "not-packed": (lambda: Path("data/meta.json").unlink(), "data holds no meta.json"),
     "other-tokenizer": (lambda: other_tokenizer("data"), "the data were packed with tokenizer"),
     "cut-short": (lambda: cut("data/train-00000.bin", 100), "has 100 bytes, expected"),

@@ -43,7 +43,7 @@ FIELDS = {
     "temperature-hot": (TEXT, {"prompt": "a", "temperature": 2.1}, 400, "temperature", "less than or equal to 2"),
     "temperature-a-string": (TEXT, {"prompt": "a", "temperature": "hot"}, 400, "temperature", "valid number"),
     "n-zero": (TEXT, {"prompt": "a", "n": 0}, 400, "n", "greater than or equal to 1"),
-    "n-beyond-the-slots": (TEXT, {"prompt": "a", "n": 9}, 400, "n", "n must be from 1 to this server's 8 slots"),
+    "n-beyond-the-slots": (TEXT, {"prompt": "a", "n": 9}, 400, "n", "n must be from 1 to 8, this server's slots"),
     "stop-empty": (TEXT, {"prompt": "a", "stop": ""}, 400, "stop[0]", "at least 1 character"),
     "stop-a-number": (TEXT, {"prompt": "a", "stop": 3}, 400, "stop", "valid array"),
     "stop-long": (TEXT, {"prompt": "a", "stop": "b" * 257}, 400, "stop[0]", "at most 256 characters"),

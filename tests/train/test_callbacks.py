@@ -75,7 +75,7 @@ def test_a_teacher_is_an_objective_already(place):
         ({"callbacks": [dict]}, "a callback must be a function"),
         ({"objective": "mse"}, "`objective` must be a function of model, batch and state, got 'mse'"),
         ({"size": "1q"}, "1q"),
-        ({"batch": 0}, "`batch` and `length` must be at least 1"),
+        ({"batch": 0}, "each must be at least 1"),
         ({"device": "tpu"}, "tpu"),
         ({"set": {"heads": 3}}, "heads"),
     ],
