@@ -10,6 +10,7 @@ decay "gated", log(gamma) of each token is log sigmoid(x Wd) / 16 (ops/decay.py 
 
 import math
 from dataclasses import dataclass
+from dataclasses import fields as fields_of
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from retentive.layers.positions import Positions, positions_of
 from retentive.ops import Ring, retention, rotary
 from retentive.ops import decay as decays
 from retentive.ops.rows import rotate
+from retentive.options import check_names
 
 
 class Phases(NamedTuple):
@@ -74,6 +76,7 @@ class MultiScaleRetention(nn.Module):
         """
         super().__init__()
         if alone := not isinstance(config, RetentionConfig):
+            check_names("MultiScaleRetention", fields, {field.name for field in fields_of(RetentionConfig)})
             config = RetentionConfig(config, **(fields if heads is None else fields | {"heads": heads}))
         elif heads is not None or fields:
             raise TypeError("a config has all fields: give either a config, or dim, heads and other fields")
@@ -149,8 +152,13 @@ class MultiScaleRetention(nn.Module):
 
     def _alone(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
         """Calls the layer with the positions after those of the state."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor [B, T, {self.config.dim}], got {type(x).__name__}")
         if x.ndim != 3 or x.shape[-1] != self.config.dim or not x.numel():
             raise ValueError(f"x must be [B, T, {self.config.dim}] with tokens, got {list(x.shape)}")
+        dtype = self.q_proj.weight.dtype
+        if x.dtype != dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            raise ValueError(f"x is {x.dtype}, the layer {dtype}: convert either".replace("torch.", ""))
         B, T = x.shape[:2]
         if state is not None:
             if not isinstance(state, LayerState):

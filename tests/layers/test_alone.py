@@ -1,5 +1,8 @@
 """A retention layer by itself: `MultiScaleRetention(dim, heads)(x, state)`, in all forms the same."""
 
+import re
+
+import numpy as np
 import pytest
 import torch
 
@@ -91,3 +94,31 @@ def test_bad_input(x, state, words):
         _, state = layer(torch.zeros(1, 3, 16))
     with pytest.raises(ValueError, match=words):
         layer(x, state)
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (None, "x must be a tensor [B, T, 32], got NoneType"),
+        (np.zeros((1, 2, 32), np.float32), "x must be a tensor [B, T, 32], got ndarray"),
+        (torch.zeros(1, 2, 31), "x must be [B, T, 32] with tokens, got [1, 2, 31]"),
+        (torch.zeros(1, 2, 32, dtype=torch.float64), "x is float64, the layer float32: convert either"),
+        (torch.zeros(1, 2, 32, dtype=torch.int64), "x is int64, the layer float32"),
+        (torch.zeros(1, 2, 32, dtype=torch.bfloat16), "x is bfloat16, the layer float32"),
+    ],
+    ids=lambda x: None if isinstance(x, str) else type(x).__name__,
+)
+def test_a_layer_by_itself_names_what_it_cannot_read(x, words):
+    with pytest.raises((TypeError, ValueError), match=re.escape(words)):
+        MultiScaleRetention(32, 2)(x)
+
+
+def test_a_layer_by_itself_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = MultiScaleRetention(32, 2)(torch.randn(1, 3, 32, dtype=torch.bfloat16))
+    assert out.shape == (1, 3, 32)
+
+
+def test_a_field_that_does_not_exist_is_named():
+    with pytest.raises(TypeError, match="MultiScaleRetention has no option 'decey': did you mean decay"):
+        MultiScaleRetention(32, 2, decey="paper")
