@@ -54,6 +54,8 @@ class SamplingParams:
             raise ValueError(f"{option('seed', self.seed)}: must be from -2^63 to 2^63 - 1")
 
 
+SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""Fields of SamplingParams that requests and `generation_config.json` give."""
 GREEDY = SamplingParams(temperature=0)
 """The likeliest token at each step."""
 TEXT = SamplingParams(temperature=0.8, top_p=0.95)

@@ -36,7 +36,7 @@ from retentive.models.encoders import CONFIGS, with_encoders
 from retentive.models.encoders import Config as EncoderConfig
 from retentive.models.version_1 import read_version_1
 from retentive.options import option
-from retentive.sampling import SamplingParams
+from retentive.sampling import SAMPLED, SamplingParams
 
 log = logging.getLogger(__name__)
 FORMAT = "retentive-model-2"
@@ -56,8 +56,6 @@ FOREIGN = {
 """Layouts of other projects."""
 GENERATION = "generation_config.json"
 """File with the sampling that a model's makers recommend."""
-SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-"""Its fields that are used here."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Dtypes of weights, by torch's names."""
 Weights = Literal["stored", "int8", "int4"]

@@ -26,7 +26,7 @@ from retentive.data.media import KINDS as KINDS_OF_MEDIA
 from retentive.data.media import Media, Open, media_of, text_of
 from retentive.data.sources import Say, find_files
 from retentive.data.templates import Message, Tool
-from retentive.data.tools import described
+from retentive.data.tools import check_arguments, described
 from retentive.tables import counted
 
 KINDS = (".jsonl", ".json", ".parquet")
@@ -174,7 +174,10 @@ def tools_of(value: dict[str, Any]) -> list[Tool]:
     """Returns the functions in `tools` of an object; raises ValueError if they are not described as OpenAI's."""
     tools = value.get("tools") or []
     if isinstance(tools, str):  # some files hold them as JSON in a string
-        tools = _json("tools", tools)
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"tools are not JSON ({error})") from None
     if not isinstance(tools, list):
         raise ValueError(f"tools must be a list, got {_kind(tools)}")
     for number, tool in enumerate(tools, 1):
@@ -204,20 +207,12 @@ def _calls(number: int, entry: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f"message {number}: tool call {nth} names no function")
         arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            arguments = _json(f"message {number}: the arguments of tool call {nth}", arguments)
-        if not isinstance(arguments, dict):
-            got = _kind(arguments)
-            raise ValueError(f"message {number}: the arguments of tool call {nth} must be an object, got {got}")
+        try:
+            arguments = check_arguments(arguments if isinstance(arguments, str) else json.dumps(arguments))
+        except ValueError as error:
+            raise ValueError(f"message {number}, tool call {nth}: {error}") from None
         made.append({"id": call.get("id"), "type": "function", "function": {**function, "arguments": arguments}})
     return {**found, "tool_calls": made}
-
-
-def _json(what: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{what} are not JSON ({error})") from None
 
 
 def _alpaca(value: dict[str, Any]) -> Any:

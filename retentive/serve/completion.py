@@ -206,7 +206,7 @@ class Completion:
 
     def _find_notation(self) -> None:
         """Finds the notation of the calls that may come; a template that shows no tools has a plain one."""
-        if self.request.callable:
+        if self.request.offered_tools:
             template = self.conversation.template
             self.notation = template.notation if template.shows_tools else PLAIN
 
@@ -218,7 +218,7 @@ class Completion:
         """
         schema = self._schema()
         if self.notation is not None:
-            return await self._compiled("tools", self._calls_of, self.request.callable, self.notation, schema)
+            return await self._compiled("tools", self._calls_of, self.request.offered_tools, self.notation, schema)
         if schema is None:
             return None
         return await self._compiled("response_format", structured.json_schema, schema, self.service.tokenizer)

@@ -15,6 +15,7 @@ from retentive.data.tokenizer import Tokenizer
 from retentive.data.tools import in_words
 from retentive.infer import SamplingParams
 from retentive.infer.conversation import NAME, Conversation
+from retentive.sampling import SAMPLED
 from retentive.serve.choices import Prompt
 from retentive.serve.errors import Refused
 from retentive.serve.media import OpenMedia, content
@@ -115,8 +116,8 @@ class Generation(Body, ABC):
         return 0
 
     @property
-    def callable(self) -> list[Tool]:
-        """Tools that the model may call."""
+    def offered_tools(self) -> list[Tool]:
+        """Tools that the model may call; raises Refused as `chosen_tools`."""
         return []
 
     @property
@@ -178,8 +179,7 @@ class Generation(Body, ABC):
 
     def sampling(self, default: SamplingParams) -> SamplingParams:
         """Returns the sampling parameters: those of the request, and the default's for the others."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {name: value for name in SAMPLED if (value := getattr(self, name)) is not None}
         if given.get("temperature", 1.0) < COLDEST or given.get("top_p") == 0:  # the likeliest token alone
             given |= {"temperature": 0, "top_p": 1.0}
         return replace(default, **given, bias=self._bias(), seed=self.seed)
@@ -266,7 +266,7 @@ class ChatRequest(Generation):
         return [part for message in self.messages for part in message.content or ()]
 
     @property
-    def callable(self) -> list[Tool]:
+    def offered_tools(self) -> list[Tool]:
         return chosen_tools(self.tools or (), self.tool_choice)
 
     @property
@@ -280,7 +280,7 @@ class ChatRequest(Generation):
     @property
     def uses_tools(self) -> bool:
         """True if tools are offered, or were called earlier in the conversation."""
-        return bool(self.callable) or any(m.tool_calls or m.role == "tool" for m in self.messages)
+        return bool(self.offered_tools) or any(m.tool_calls or m.role == "tool" for m in self.messages)
 
     def prompts(self, conversation: Conversation, options: Options, open_media: OpenMedia | None) -> list[Prompt]:
         """Returns the messages as the chat template renders them; in a session only new ones are sent."""
@@ -296,7 +296,7 @@ class ChatRequest(Generation):
                 raise Refused(400, message, param=f"{name}.content")
             messages.append({"role": roles.get(m.role, m.role), "content": found, **called})
         try:
-            tools = [tool.described() for tool in self.callable]
+            tools = [tool.described() for tool in self.offered_tools]
             if self.uses_tools and not conversation.template.shows_tools:
                 messages, tools = in_words(messages, tools), []
             ids, rows = conversation.turn(messages, tools)

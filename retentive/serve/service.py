@@ -13,7 +13,6 @@ from typing import Any
 
 from retentive import __version__, machine
 from retentive.checkpoint import ModelFolder
-from retentive.checkpoint.folder import SAMPLED
 from retentive.data.templates import ChatTemplate
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.cache import PrefixCache
@@ -23,7 +22,7 @@ from retentive.models import LanguageModel, cost
 from retentive.models.encoders import encoders_of
 from retentive.native import with_engine
 from retentive.options import option
-from retentive.sampling import SamplingParams
+from retentive.sampling import SAMPLED, SamplingParams
 from retentive.serve.async_engine import AsyncEngine
 from retentive.serve.errors import Refused, try_later
 from retentive.serve.items import Kept

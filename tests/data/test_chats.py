@@ -121,11 +121,11 @@ BAD = {
     "a call of nothing": ({"messages": [SAID[0], {"role": "assistant", "tool_calls": [{}]}]}, "names no function"),
     "arguments cut off": (
         {"messages": [SAID[0], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
-        "message 2: the arguments of tool call 1 are not JSON (Expecting property name",
+        "message 2, tool call 1: the arguments are not JSON (Expecting property name",
     ),
     "a list of arguments": (
         {"messages": [SAID[0], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]}]},
-        "message 2: the arguments of tool call 1 must be an object, got a list",
+        "message 2, tool call 1: the arguments must be a JSON object",
     ),
     "half a weight": ({"messages": [SAID[0], SAID[1] | {"weight": 0.5}]}, "message 2: its weight must be 0 or 1"),
     "out of order": ({"messages": SAID[1:]}, "message 1 is by the assistant, expected the user"),
