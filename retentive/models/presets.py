@@ -43,6 +43,7 @@ HYBRID: dict[str, Any] = {
     "attention_window": int | None,
     "attention_sinks": int,
     "attention_rotary": str,
+    "attention_forget": bool,
 }
 """Fields of `hybrid` in addition to those of a RetNet."""
 FIELDS: dict[str, Any] = {
@@ -289,6 +290,7 @@ def hybrid(
     attention_window: int | None = None,
     attention_sinks: int = 0,
     attention_rotary: str = "half",
+    attention_forget: bool = False,
     **changes: Any,
 ) -> ModelConfig:
     """Config of a RetNet with some attention blocks from its twin, with as many parameters.
@@ -304,6 +306,7 @@ def hybrid(
         attention_window: number of tokens that a token attends to in these blocks, itself included; None: all.
         attention_sinks: first tokens of a text, to which they attend beside the window.
         attention_rotary: rotation in these blocks: half, interleaved, or none, which leaves order to retention.
+        attention_forget: a forget gate in these blocks (`AttentionConfig.forget_gate`).
         changes: as for `retnet`; attention blocks have QK-norm if the others have it.
 
     Raises:
@@ -326,6 +329,6 @@ def hybrid(
     mixer = block.mixer
     assert isinstance(mixer, RetentionConfig)
     attends = _twin_block(block, base.norm_eps)
-    own = dict(window=attention_window, sinks=attention_sinks, rotary=attention_rotary, qk_norm=mixer.qk_norm)
-    attends = replace(attends, mixer=replace(attends.mixer, **own))  # type: ignore[arg-type]
+    own = dict(window=attention_window, sinks=attention_sinks, rotary=attention_rotary, forget_gate=attention_forget)
+    attends = replace(attends, mixer=replace(attends.mixer, qk_norm=mixer.qk_norm, **own))  # type: ignore[arg-type]
     return replace(base, blocks=tuple(attends if i in places else block for i in range(layers)))

@@ -33,6 +33,7 @@ ATTENDING: dict[str, ModelConfig] = {
     "slower angles": changed(transformer(**TINY), rotary_scaling=Scaling(8.0, 1.0, 4.0, 16)),
     "hybrid": hybrid(**TINY, attention=(1,)),
     "hybrid, window": hybrid(**TINY | {"layers": 4}, attention=(0, 3), attention_window=16, attention_rotary="none"),
+    "hybrid, window, forget gate": hybrid(**TINY, attention=(1,), attention_window=9, attention_forget=True),
     "stacked": stacked(hybrid(**TINY | {"layers": 4}, attention=(0, 2))),
 }
 """Configs with blocks of attention."""

@@ -17,7 +17,7 @@ CONFIG = retnet(vocab_size=61, dim=32, layers=2, heads=2)
 MODELS = kinds(CONFIG)
 HYBRID = MODELS["hybrid"]
 SHAPE = dict(vocab_size=61, dim=32, heads=2)
-MODELS["hybrid-four-window"] = hybrid(**SHAPE, layers=4, attention_every=4, attention_window=5, attention_rotary="none")
+MODELS["hybrid-four-window"] = hybrid(**SHAPE, layers=4, attention_every=4, attention_window=5, attention_forget=True)
 
 
 @pytest.fixture(params=MODELS)

@@ -45,6 +45,8 @@ def test_a_hybrid_of_fewer_blocks_than_four_attends_in_the_last():
 def test_a_hybrid_attends_where_it_is_told(refuses):
     config = config_of("hybrid", "1m", vocab_size=99, attention=[0, 3])
     assert config.kinds == ("attention", "retention", "retention", "attention", "retention")
+    gated = config_of("hybrid", "1m", vocab_size=99, attention=[1], attention_window=9, attention_forget=True)
+    assert gated.attention.forget_gate and gated.attention.window == 9
     with refuses("attention must name some of the blocks 0 to 4, and leave one, got [5]"):
         config_of("hybrid", "1m", vocab_size=99, attention=[5])
     with refuses("attention_every=2 counts them: give one"):

@@ -27,6 +27,7 @@ CONFIGS = {
     "transformer-window": transformer(**SMALL, attention_window=4),
     "transformer-window-sinks": transformer(**SMALL, attention_window=4, attention_sinks=2),
     "hybrid-window-sinks": hybrid(**SMALL, attention=(0,), attention_window=2, attention_sinks=3),
+    "hybrid-window-gate": hybrid(**SMALL, attention=(1,), attention_window=4, attention_forget=True),
     "transformer-gate": transformer(**SMALL, forget_gate=True),
     "transformer-window-gate": transformer(**SMALL, forget_gate=True, attention_window=4, qk_norm=True),
 }

@@ -55,6 +55,7 @@ TRANSFORMERS = {
 }
 HYBRIDS = {
     "hybrid": dict(layers=4, attention_every=2),
+    "hybrid-window-gate": dict(layers=4, attention_every=2, attention_window=9, attention_forget=True),
     "hybrid-window": dict(
         layers=3, attention=(0,), attention_window=9, attention_sinks=1, decay="lm", score_norm=True, value_dim=32
     ),
