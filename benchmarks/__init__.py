@@ -22,5 +22,6 @@ BENCHES = {
     "scoring": "benchmarks.scoring",
     "soak": "benchmarks.soak",
     "students": "benchmarks.students",
+    "state-precision": "benchmarks.state_precision",
 }
 """The module of each name, imported when its benchmark runs."""
