@@ -16,14 +16,16 @@ ATTENTION = ATTENTION | {name: (name, Any) for name in ("rotary_scaling", "movin
 
 def changed(config: ModelConfig, *, layers: int = 0, **fields: Any) -> ModelConfig:
     """Returns the config with fields changed in all blocks that have them, named as for `retnet` and `transformer`."""
-    of_all = {name: fields[name] for name in ("dim", "norm_eps", "heads") if name in fields}
+    heads = {name: fields[name] for name in ("norm_eps", "heads") if name in fields}
+    of_all = {"dim": fields["dim"]} if "dim" in fields else {}
     of_kind = {
-        "retention": {name: fields[name] for name in RETENTION if name in fields},
-        "attention": {own: fields[name] for name, (own, _) in ATTENTION.items() if name in fields},
+        "retention": {name: fields[name] for name in RETENTION if name in fields} | heads,
+        "attention": {own: fields[name] for name, (own, _) in ATTENTION.items() if name in fields} | heads,
+        "convolution": {},
     }
     ffn = {own: fields[name] for name, (own, _) in FEED_FORWARD.items() if name in fields}
     blocks = [
-        replace(b, mixer=replace(b.mixer, **of_kind[b.mixer.kind] | of_all), ffn=replace(b.ffn, **ffn))
+        replace(b, mixer=replace(b.mixer, **of_kind[b.mixer.kind] | of_all), ffn=b.ffn and replace(b.ffn, **ffn))
         for b in config.blocks
     ]
     rest = set(fields) - {"heads", *RETENTION, *ATTENTION, *FEED_FORWARD}

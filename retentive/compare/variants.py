@@ -162,7 +162,8 @@ def changes(variant: Variant, size: str, **shape: Any) -> dict[str, Any]:
         return changed
     spare = cost.spare_width(config, cost.block_parameters(base))
     # of a hybrid, `ffn_dim` is the width beside retention: its other blocks follow from that
-    block = next((b for b in config.blocks if b.mixer.kind == "retention"), config.blocks[0])
+    blocks = config.without_convolutions().blocks
+    block = next((b for b in blocks if b.mixer.kind == "retention"), blocks[0])
     return changed | ({"ffn_dim": block.ffn.width + spare} if spare else {})
 
 

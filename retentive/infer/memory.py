@@ -26,7 +26,7 @@ from retentive.options import quoted
 ABOUT = {"pending": list, "tokens": int, "model": str, "sources": list, "config": dict, "errors": list}
 """Fields of `Memory` stored as JSON beside the state, and their types."""
 
-PARTS = ("state", "keys", "values", "gates")
+PARTS = ("state", "keys", "values", "gates", "rows")
 """Names of a block's tensors in a state's file."""
 
 

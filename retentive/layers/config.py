@@ -21,6 +21,8 @@ ACTIVATIONS = {"swish": F.silu, "gelu": F.gelu}
 LIMITS = {"vocab_size": 2**24, "layers": 10_000}
 LIMIT = 2**20
 """Limit of all other whole numbers. A larger value is a typing error, and building the model would take all memory."""
+LONGEST = 64
+"""Most taps of a convolution, which multiplies a token with each of them."""
 KINDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -234,6 +236,24 @@ class AttentionConfig:
     def seen(self, context: int) -> int:
         """Returns the number of tokens that the last of `context` tokens attends to, itself included."""
         return min(context, self.slots or context)
+
+
+@dataclass(frozen=True)
+class ConvolutionConfig:
+    """Short causal convolution of each feature over the last tokens."""
+
+    kind: ClassVar[str] = "convolution"
+    """Name of this mixer in config.json and in the names of weights."""
+    dim: int = 256
+    """Model width D."""
+    taps: int = 4
+    """Tokens that are mixed, the newest included."""
+
+    def __post_init__(self):
+        check_fields(self)
+        positive(self, "dim")
+        if not 2 <= self.taps <= LONGEST:
+            raise ValueError(f"a convolution has from 2 to {LONGEST} taps, got {self.taps}")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ build(config_of("transformer", "5m", vocab_size=257))  any model by its name
 from typing import Any
 
 from retentive.models.config import BlockConfig, ModelConfig
-from retentive.models.memory import AttentionMemory, RetentionMemory
+from retentive.models.memory import AttentionMemory, ConvolutionMemory, RetentionMemory
 from retentive.models.model import LanguageModel
 from retentive.models.peers import KINDS as PEERS
 from retentive.models.peers import Peer, PeerConfig, peer
@@ -22,6 +22,7 @@ __all__ = [
     "AttentionMemory",
     "BlockConfig",
     "Config",
+    "ConvolutionMemory",
     "LanguageModel",
     "ModelConfig",
     "Peer",

@@ -1,4 +1,4 @@
-"""ModelConfig: a list of blocks, each a mixer (retention or attention) and mostly a feed-forward layer.
+"""ModelConfig: a list of blocks, each a mixer (retention, attention or a convolution) and mostly a feed-forward layer.
 
     ModelConfig(vocab_size=257, dim=256, blocks=(BlockConfig(RetentionConfig(256, 4), FeedForwardConfig(448)),) * 6)
 
@@ -14,6 +14,7 @@ from typing import Any, ClassVar, cast
 from retentive.layers.config import (
     LIMITS,
     AttentionConfig,
+    ConvolutionConfig,
     FeedForwardConfig,
     RetentionConfig,
     check_fields,
@@ -23,9 +24,9 @@ from retentive.layers.config import (
 from retentive.options import option
 from retentive.tables import counted
 
-Mixer = RetentionConfig | AttentionConfig
+Mixer = RetentionConfig | AttentionConfig | ConvolutionConfig
 """Config of a layer that mixes tokens."""
-MIXERS: dict[str, type[Mixer]] = {RetentionConfig.kind: RetentionConfig, AttentionConfig.kind: AttentionConfig}
+MIXERS: dict[str, type[Mixer]] = {mixer.kind: mixer for mixer in (RetentionConfig, AttentionConfig, ConvolutionConfig)}
 """Mixers by name in config.json."""
 LATER = ("qkv_bias", "rotary_scaling", "moving_sinks", "head_norm_joint", "output_gate", "position_scale")
 """Fields of mixers newer than version 0.5.0. They are written only if set, so that the files and fingerprints of all
@@ -37,7 +38,7 @@ class BlockConfig:
     """x + mixer(norm(x)), then x + ffn(norm(x)) if there is a feed-forward layer."""
 
     mixer: Mixer
-    """Retention or attention."""
+    """Retention, attention or a convolution."""
     ffn: FeedForwardConfig | None
     """Feed-forward layer; None (null): the next block's mixer follows at once."""
 
@@ -91,7 +92,7 @@ class ModelConfig:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kind of each block's mixer: "retention" or "attention"."""
+        """Kind of each block's mixer: "retention", "attention" or "convolution"."""
         return tuple(block.mixer.kind for block in self.blocks)
 
     @property
@@ -106,7 +107,7 @@ class ModelConfig:
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """Maximum number of tokens in each block's cache; 0 for unlimited, and for retention, which has no cache."""
+        """Maximum number of tokens in each block's cache; 0 for unlimited, and for mixers without a cache."""
         return tuple(m.slots if isinstance(m, AttentionConfig) else 0 for m in self.mixers)
 
     @property
@@ -116,8 +117,8 @@ class ModelConfig:
 
     @property
     def constant_state(self) -> bool:
-        """True if the state stops growing: every block uses retention, or attention with a window."""
-        return all(isinstance(m, RetentionConfig) or m.window for m in self.mixers)
+        """True if the state stops growing: no block attends to all tokens."""
+        return all(m.window for m in self.mixers if isinstance(m, AttentionConfig))
 
     @property
     def mixers(self) -> tuple[Mixer, ...]:
@@ -133,6 +134,11 @@ class ModelConfig:
     def attention(self) -> AttentionConfig | None:
         """Config of the first attention block; None without one."""
         return next((m for m in self.mixers if isinstance(m, AttentionConfig)), None)
+
+    @property
+    def convolution(self) -> ConvolutionConfig | None:
+        """Config of the first convolution; None without one."""
+        return next((m for m in self.mixers if isinstance(m, ConvolutionConfig)), None)
 
     @property
     def name(self) -> str:
@@ -158,13 +164,35 @@ class ModelConfig:
                 raise ValueError(f"{who} takes models whose blocks have feed-forward layers, these have none")
             return self.blocks[0]
         if len(set(self.kinds)) > 1:
-            raise ValueError(f"{who} takes models whose blocks are of one kind, this is a {self.name}")
+            kinds = " and ".join(sorted(set(self.kinds)))
+            raise ValueError(f"{who} takes models whose blocks are of one kind, this {self.name} has {kinds}")
         raise ValueError(f"{who} takes models whose blocks are all alike, block {odd} differs from block 0")
 
     def with_ffn(self, more: int) -> "ModelConfig":
         """Returns the config with all feed-forward layers `more` wider (narrower if negative)."""
         wider = (replace(b, ffn=b.ffn and replace(b.ffn, width=b.ffn.width + more)) for b in self.blocks)
         return replace(self, blocks=tuple(wider))
+
+    def with_convolutions(self, taps: int) -> "ModelConfig":
+        """Returns the config with a convolution before each mixer and each feed-forward layer; 0 taps: itself."""
+        if not taps:
+            return self
+        mixing, blocks = ConvolutionConfig(self.dim, taps), list[BlockConfig]()
+        for block in self.blocks:
+            blocks += [BlockConfig(mixing, None), replace(block, ffn=None)]
+            if block.ffn:
+                blocks.append(BlockConfig(mixing, block.ffn))
+        return replace(self, blocks=tuple(blocks))
+
+    def without_convolutions(self) -> "ModelConfig":
+        """Returns the config without them: the mixer before each has its feed-forward layer."""
+        blocks = list[BlockConfig]()
+        for block in self.blocks:
+            if not isinstance(block.mixer, ConvolutionConfig):
+                blocks.append(block)
+            elif block.ffn:
+                blocks[-1] = replace(blocks[-1], ffn=block.ffn)
+        return replace(self, blocks=tuple(blocks))
 
     def with_window(self, window: int | Sequence[int] | None, sinks: int | None = None) -> "ModelConfig":
         """Returns the config with a window in all attention layers that have none or a larger one.

@@ -9,7 +9,7 @@ from collections import Counter
 
 import torch
 
-from retentive.layers.config import AttentionConfig, RetentionConfig
+from retentive.layers.config import AttentionConfig, ConvolutionConfig, RetentionConfig
 from retentive.models.config import BlockConfig, ModelConfig
 from retentive.models.model import Block
 from retentive.models.peers import Peer, PeerConfig
@@ -75,7 +75,7 @@ def _multiply_adds(config: ModelConfig) -> tuple[int, tuple[tuple[int, int], ...
         # two per number of the state, k v and q S; or per token seen, q k and p v
         if isinstance(mixer, RetentionConfig):
             fixed += 2 * mixer.key_dim // mixer.heads * mixer.value_dim
-        else:
+        elif isinstance(mixer, AttentionConfig):
             by_window[mixer.slots] += 2 * mixer.heads * mixer.head_dim
     return fixed, tuple(by_window.items())
 
@@ -107,9 +107,14 @@ def weight_bytes(config: ModelConfig, *, bytes_per_value: int = 4) -> int:
 
 
 def state_bytes(config: ModelConfig, *, sequences: int = 1) -> int:
-    """Returns the bytes of the float32 retention states, at any context length."""
-    of_one = (m.key_dim // m.heads * m.value_dim * 4 for m in config.mixers if isinstance(m, RetentionConfig))
-    return sequences * sum(of_one)
+    """Returns the bytes of the float32 states of retention and convolutions, at any context length."""
+    total = 0
+    for m in config.mixers:
+        if isinstance(m, RetentionConfig):
+            total += m.key_dim // m.heads * m.value_dim * 4
+        elif isinstance(m, ConvolutionConfig):
+            total += (m.taps - 1) * m.dim * 4
+    return sequences * total
 
 
 def cache_bytes(config: ModelConfig, context: int, *, sequences: int = 1, bytes_per_value: int = 4) -> int:
@@ -137,7 +142,7 @@ def attention_cache_bytes(config: ModelConfig) -> int | None:
         m = block.mixer
         if isinstance(m, RetentionConfig):
             widths.append((m.key_dim + m.value_dim) * m.kv_heads // m.heads)
-        else:
+        elif isinstance(m, AttentionConfig):
             widths.append(2 * m.head_dim * m.kv_heads)
         if block.ffn:
             total, widths = total + min(widths), [2 * config.dim]

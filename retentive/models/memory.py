@@ -1,12 +1,16 @@
-"""Memory of one block: RetentionMemory of constant size, AttentionMemory that grows or stays in a ring of slots.
+"""Memory of one block: RetentionMemory of constant size, AttentionMemory that grows or stays in a ring of slots,
+ConvolutionMemory of the last few tokens.
 
-`State` (state.py) holds one memory per block, and the positions that they share. Both kinds have the same methods.
+`State` (state.py) holds one memory per block, and the positions that they share. All kinds have the same methods.
 `position` is int64 `[N]`, the number of tokens in each sequence:
 
-    kind, window, sinks    "retention" or "attention"; maximum slots of a cache, 0: unlimited, or no cache; how many of
-                           them keep the first tokens
+    kind, window, sinks    of its mixer; maximum slots of a cache, 0: unlimited, or no cache; how many of them keep the
+                           first tokens
     nbytes                 bytes of its tensors
     shapes                 shapes of its tensors, without the number of slots, and the window
+    empty(config, batch, dtype, device), first(mixer, layer)    before any token; from what the layer first returned
+    layer                  what its layer reads and returns
+    filled(layer)          with what its layer returned; itself if that was written in place
     map(f)                 applies f to every tensor; the first dimension of all is the sequences
     reserve(slots)         makes room for that many tokens per sequence; returns itself if it has it
     put(row, other, source, position)            overwrites one sequence with another, in place
@@ -20,14 +24,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from retentive.layers.config import AttentionConfig, RetentionConfig
+from retentive.layers.config import AttentionConfig, ConvolutionConfig, RetentionConfig
 from retentive.layers.past import Layer
 from retentive.layers.slots import positions_in, slot_of
 from retentive.ops import Ring
@@ -53,6 +57,18 @@ class RetentionMemory:
     def empty(config: RetentionConfig, batch: int, dtype: torch.dtype, device: torch.device) -> "RetentionMemory":
         """Returns the state of `batch` sequences before their first token, for a model of `dtype`."""
         return RetentionMemory(torch.zeros(batch, *config.head_shape, dtype=_wide(dtype), device=device))
+
+    @staticmethod
+    def first(mixer: Any, layer: Tensor | Ring) -> "RetentionMemory":
+        """Returns the memory of a layer that read the first tokens."""
+        return RetentionMemory(layer)
+
+    @property
+    def layer(self) -> Tensor | Ring:
+        return self.value
+
+    def filled(self, layer: Tensor | Ring) -> "RetentionMemory":
+        return RetentionMemory(layer)
 
     @property
     def nbytes(self) -> int:
@@ -156,14 +172,22 @@ class AttentionMemory:
         gates = torch.zeros(batch, 0, config.heads, dtype=_wide(dtype), device=device) if config.forget_gate else None
         return AttentionMemory(keys, values, gates, config.slots, sinks=config.sinks)
 
+    @staticmethod
+    def first(mixer: Any, layer: Layer) -> "AttentionMemory":
+        """Returns the memory of a layer that read the first tokens."""
+        keys, values, *gates = layer
+        return AttentionMemory(keys, values, gates[0] if gates else None, mixer.slots, sinks=mixer.sinks)
+
     @property
     def layer(self) -> Layer:
         """(keys, values), and the gates if any: the cache in the layer's form."""
         return (self.keys, self.values) if self.gates is None else (self.keys, self.values, self.gates)
 
     def filled(self, layer: Layer) -> "AttentionMemory":
-        """Returns a memory with this window and another cache, in the layer's form."""
+        """Returns a memory with this window and another cache, in the layer's form; itself if the cache is its own."""
         keys, values, *gates = layer
+        if keys is self.keys:
+            return self
         return AttentionMemory(keys, values, gates[0] if gates else None, self.window, self.oldest, self.sinks)
 
     @property
@@ -316,11 +340,124 @@ class AttentionMemory:
         return isinstance(other, AttentionMemory) and self.keys is other.keys
 
 
-Memory = RetentionMemory | AttentionMemory
-MEMORIES: dict[str, type[Memory]] = {RetentionMemory.kind: RetentionMemory, AttentionMemory.kind: AttentionMemory}
+@dataclass
+class ConvolutionMemory:
+    """The last tokens that a convolution has read, newest last."""
+
+    kind: ClassVar[str] = ConvolutionConfig.kind
+    window: ClassVar[int] = 0
+    sinks: ClassVar[int] = 0
+    rows: Tensor
+    """`[N,S,D]`, float32 (float64 in a float64 model); zeros before a sequence's first token."""
+    reach: int
+    """Tokens before its own that a token is mixed with; S is larger if some can be taken back."""
+    oldest: Tensor
+    """int64 `[N]`: tokens before this position are lost."""
+
+    @staticmethod
+    def empty(config: ConvolutionConfig, batch: int, dtype: torch.dtype, device: torch.device) -> "ConvolutionMemory":
+        """Returns the memory of `batch` sequences before their first token, for a model of `dtype`."""
+        rows = torch.zeros(batch, config.taps - 1, config.dim, dtype=_wide(dtype), device=device)
+        return ConvolutionMemory(rows, config.taps - 1, torch.zeros(batch, dtype=torch.int64, device=device))
+
+    @staticmethod
+    def first(mixer: Any, layer: Tensor) -> "ConvolutionMemory":
+        """Returns the memory of a layer that read the first tokens."""
+        return ConvolutionMemory(layer, mixer.reach, torch.zeros(len(layer), dtype=torch.int64, device=layer.device))
+
+    @property
+    def layer(self) -> Tensor:
+        return self.rows
+
+    def filled(self, layer: Tensor) -> "ConvolutionMemory":
+        return self if layer is self.rows else replace(self, rows=layer)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [(self.reach, self.rows.shape[0], self.rows.shape[2])]
+
+    def tensors(self) -> list[Tensor]:
+        """Returns all its tensors."""
+        return [self.rows, self.oldest]
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes + self.oldest.nbytes
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> "ConvolutionMemory":
+        return ConvolutionMemory(f(self.rows), self.reach, f(self.oldest))
+
+    def settled(self) -> "ConvolutionMemory":
+        return self
+
+    def reserve(self, slots: int) -> "ConvolutionMemory":
+        return self
+
+    def _of_size(self, size: int, position: Tensor) -> "ConvolutionMemory":
+        """Returns a memory of the last `size` tokens; those that it does not have are zeros, and lost."""
+        have = self.rows.shape[1]
+        if have == size:
+            return self
+        rows = self.rows[:, have - size :] if size < have else F.pad(self.rows, (0, 0, size - have, 0))
+        return replace(self, rows=rows.contiguous(), oldest=torch.maximum(self.oldest, position - have))
+
+    @staticmethod
+    def cat(memories: Sequence["ConvolutionMemory"], positions: Sequence[Tensor]) -> "ConvolutionMemory":
+        size = max(m.rows.shape[1] for m in memories)
+        alike = [m._of_size(size, position) for m, position in zip(memories, positions, strict=True)]
+        rows, oldest = torch.cat([m.rows for m in alike]), torch.cat([m.oldest for m in alike])
+        return ConvolutionMemory(rows, memories[0].reach, oldest)
+
+    def for_decoding(self, dtype: torch.dtype, rollback: int, position: Tensor) -> "ConvolutionMemory":
+        return self._of_size(max(self.rows.shape[1], self.reach + rollback), position)
+
+    def check_rollback(self, tokens: int, position: Tensor) -> None:
+        """Raises ValueError if `tokens` tokens cannot be taken back: more than `for_decoding` kept."""
+        if tokens > int(position.min()) or tokens < 0:
+            raise ValueError(f"the memory is of {position.tolist()} tokens, cannot take back {tokens} of them")
+        self.oldest.copy_(torch.maximum(self.oldest, position - self.rows.shape[1]))
+        if bool(((position - tokens - self.reach).clamp(min=0) < self.oldest).any()):
+            raise ValueError(
+                f"cannot take back {tokens} tokens: the {self.reach} before them are no longer in the memory, decode "
+                f"with for_decoding(dtype, rollback={tokens})"
+            )
+
+    def rollback(self, tokens: int) -> None:
+        self.rows.copy_(F.pad(self.rows, (0, 0, tokens, 0))[:, : self.rows.shape[1]])
+
+    def put(self, row: int, other: "ConvolutionMemory", source: int, position: Tensor) -> None:
+        one = other.map(lambda x: x[source : source + 1])
+        one = one._of_size(self.rows.shape[1], position[source : source + 1])
+        self.rows[row], self.oldest[row] = one.rows[0], one.oldest[0]
+
+    def named(self, position: Tensor) -> dict[str, Tensor]:
+        return {"rows": self.rows[:, self.rows.shape[1] - self.reach :].contiguous()}
+
+    @staticmethod
+    def read(tensors: Mapping[str, Tensor], window: int, position: Tensor, sinks: int = 0) -> "ConvolutionMemory":
+        rows = tensors["rows"]
+        return ConvolutionMemory(rows, rows.shape[1], (position - rows.shape[1]).clamp(min=0))
+
+    def writes_into(self, other: "Memory") -> bool:
+        """True if its tensors are those of `other`, and tokens are written into them in place."""
+        return isinstance(other, ConvolutionMemory) and self.rows is other.rows
+
+
+Memory = RetentionMemory | AttentionMemory | ConvolutionMemory
+MEMORIES: dict[str, type[Memory]] = {m.kind: m for m in (RetentionMemory, AttentionMemory, ConvolutionMemory)}
 """Memory of each kind of mixer."""
 
 pytree.register_dataclass(RetentionMemory, serialized_type_name="retentive.RetentionMemory")
+pytree.register_pytree_node(  # not as a dataclass, since `reach` is a constant
+    ConvolutionMemory,
+    lambda memory: (memory.tensors(), memory.reach),
+    lambda parts, reach: ConvolutionMemory(reach=reach, **dict(zip(("rows", "oldest"), parts, strict=True))),
+    serialized_type_name="retentive.ConvolutionMemory",
+    flatten_with_keys_fn=lambda memory: (
+        [(pytree.GetAttrKey("rows"), memory.rows), (pytree.GetAttrKey("oldest"), memory.oldest)],
+        memory.reach,
+    ),
+)
 
 
 def _parts(memory: AttentionMemory) -> dict[str, Tensor]:

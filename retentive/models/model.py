@@ -14,17 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retentive.layers import Attention, FeedForward, MultiScaleRetention, Positions, RMSNorm, positions_of
+from retentive.layers import Attention, Convolution, FeedForward, MultiScaleRetention, Positions, RMSNorm, positions_of
 from retentive.layers.positions import can_be_checked
 from retentive.layers.quantized import Quantized
 from retentive.models.config import BlockConfig, ModelConfig
-from retentive.models.memory import MEMORIES, AttentionMemory, Memory, RetentionMemory
+from retentive.models.memory import MEMORIES, Memory
 from retentive.models.state import State
 
-LAYERS: dict[str, type[MultiScaleRetention] | type[Attention]] = {
-    MultiScaleRetention.kind: MultiScaleRetention,
-    Attention.kind: Attention,
-}
+LAYERS: dict[str, type[nn.Module]] = {layer.kind: layer for layer in (MultiScaleRetention, Attention, Convolution)}
 """Layer of each kind of mixer."""
 
 
@@ -39,13 +36,13 @@ class Block(nn.Module):
         super().__init__()
         self.kind, self.dropout, D = config.mixer.kind, dropout, config.mixer.dim
         self.add_module(f"{self.kind}_norm", RMSNorm(D, eps=norm_eps))
-        self.add_module(self.kind, LAYERS[self.kind](config.mixer))  # type: ignore[arg-type]  # of its kind
+        self.add_module(self.kind, LAYERS[self.kind](config.mixer))
         self.ffn_norm = RMSNorm(D, eps=norm_eps) if config.ffn else None
         self.ffn = FeedForward(D, config.ffn) if config.ffn else None
 
     @property
     def mixer(self) -> Any:
-        """MultiScaleRetention or Attention."""
+        """MultiScaleRetention, Attention or Convolution."""
         return self.get_submodule(self.kind)
 
     @property
@@ -58,7 +55,7 @@ class Block(nn.Module):
         return self.mixer.phases(positions, dtype)
 
     def forward(self, x: Tensor, memory: Any, positions: Positions, phases: Any) -> tuple[Tensor, Any]:
-        """Returns (x `[B,T,D]`, the mixer's memory: a state `[N,H,K,V]`, a Ring, or keys and values)."""
+        """Returns (x `[B,T,D]`, the mixer's memory in its layer's form: `Memory.layer`)."""
         y, memory = self.mixer(self.mixer_norm(x), memory, positions, phases)
         x = x + F.dropout(y, self.dropout, self.training)
         if self.ffn is not None and self.ffn_norm is not None:
@@ -137,17 +134,18 @@ class LanguageModel(nn.Module):
             longest = int(state.position.max()) + x.shape[1] if grows else 0
             before = [m.reserve(longest) for m in state.memories]
         phases: dict[int, Any] = {}
-        after: list[Memory | None] = []
+        after: list[Memory] = []
         for block, memory in zip(self.blocks, before, strict=True):
             alike = id(block.mixer.config)  # blocks with an equal mixer share its config
             if alike not in phases:
                 phases[alike] = block.phases(positions, x.dtype)
-            x, own = block(x, _taken(memory), positions, phases[alike])
-            after.append(_kept(block.mixer, own, memory))
-        kept = [memory for memory in after if memory is not None]
-        if len(kept) < len(after):  # packed in training: a state without memories, from which no model continues
-            kept = []
-        return self.norm(x), State(kept, positions.end) if state is None else state.then(kept, positions.end)
+            x, own = block(x, None if memory is None else memory.layer, positions, phases[alike])
+            if own is not None:
+                mixer: Any = block.mixer
+                after.append(MEMORIES[mixer.kind].first(mixer, own) if memory is None else memory.filled(own))
+        if len(after) < len(self.blocks):  # packed in training: a state without memories, from which no model continues
+            after = []
+        return self.norm(x), State(after, positions.end) if state is None else state.then(after, positions.end)
 
     def forward(
         self,
@@ -233,25 +231,6 @@ class LanguageModel(nn.Module):
             nn.init.normal_(matrix, std=self.config.dim**-0.5)
         for block in self.blocks:
             block.reset_parameters()
-
-
-def _taken(memory: Memory | None) -> Any:
-    """Returns a memory in its layer's form."""
-    if memory is None:
-        return None
-    return memory.value if isinstance(memory, RetentionMemory) else memory.layer
-
-
-def _kept(mixer: Any, kept: Any, before: Memory | None) -> Memory | None:
-    """Returns the memory from a layer's result; None if the layer kept none."""
-    if isinstance(mixer, MultiScaleRetention):
-        return RetentionMemory(kept)
-    if kept is None:
-        return None
-    if isinstance(before, AttentionMemory):
-        return before if kept[0] is before.keys else before.filled(kept)
-    keys, values, *gates = kept
-    return AttentionMemory(keys, values, gates[0] if gates else None, mixer.slots, sinks=mixer.sinks)
 
 
 def checked_ids(ids: Any, vocab_size: int) -> Tensor:

@@ -46,8 +46,11 @@ HYBRID: dict[str, Any] = {
     "attention_forget": bool,
 }
 """Fields of `hybrid` in addition to those of a RetNet."""
+CONVOLUTION: dict[str, Any] = {"convolution": int}
+"""Taps of the short convolutions before each mixer and each feed-forward layer of any named model; 0: none."""
 FIELDS: dict[str, Any] = {
     **SHARED,
+    **CONVOLUTION,
     **RETENTION,
     **{name: kind for name, (_, kind) in (FEED_FORWARD | ATTENTION).items()},
     **HYBRID,
@@ -140,12 +143,15 @@ PRESETS: dict[str, Size] = {
 }
 
 
-def retnet(size: str | None = None, *, architecture: str = "retnet", **changes: Any) -> ModelConfig:
+def retnet(
+    size: str | None = None, *, architecture: str = "retnet", convolution: int = 0, **changes: Any
+) -> ModelConfig:
     """Config of a RetNet: every block is gated multi-scale retention.
 
     Args:
         size: a name of PRESETS; None: the shape of DEFAULTS.
         architecture: a name of ARCHITECTURES; "retnet" means the size's own if it was published with another.
+        convolution: taps of a short convolution before each mixer and each feed-forward layer; 0: none.
         changes: fields that differ from the size's: those of RetentionConfig and ModelConfig, `layers`, and `ffn_dim`
             (0: value_dim), `activation`, `ffn_gate` of the feed-forward layers.
 
@@ -169,7 +175,7 @@ def retnet(size: str | None = None, *, architecture: str = "retnet", **changes: 
     if other:
         stands = ", ".join(f"{field}={meant[field]!r} (got {value!r})" for field, value in other.items())
         raise ValueError(f"{name} stands for {stands}: leave it out, or change a RetNet without that name")
-    return _retnet(**{**DEFAULTS, **shape, **meant, **changes})
+    return _retnet(**{**DEFAULTS, **shape, **meant, **changes}).with_convolutions(convolution)
 
 
 def _portable_heads(dim: int) -> dict[str, int]:
@@ -237,9 +243,10 @@ def twin(config: ModelConfig, *, kv_heads: int = 0) -> ModelConfig:
         kv_heads: key and value heads, shared by groups of query heads (grouped-query attention, arXiv 2305.13245);
             0: one per query head.
     """
-    block = next((b for b in config.blocks if isinstance(b.mixer, RetentionConfig)), None)
+    block = next((b for b in config.without_convolutions().blocks if isinstance(b.mixer, RetentionConfig)), None)
     if block is None:
         return config
+    config = config.without_convolutions()
     attends = _twin_block(block, config.norm_eps, kv_heads)
     # model fields that only RetNets use are dropped, so that the twin is one baseline for all of them
     return replace(config, blocks=(attends,) * config.layers, embed_scale=False, embed_norm=False, final_norm=True)
@@ -260,11 +267,12 @@ def _twin_block(block: BlockConfig, norm_eps: float, kv_heads: int = 0) -> Block
     return BlockConfig(mixer, FeedForwardConfig(width))
 
 
-def transformer(size: str | None = None, **changes: Any) -> ModelConfig:
+def transformer(size: str | None = None, *, convolution: int = 0, **changes: Any) -> ModelConfig:
     """Config of a RetNet's twin, a modern Transformer: rotary positions, RMSNorm, SwiGLU.
 
     Args:
         size: a name of PRESETS; None: the shape of DEFAULTS.
+        convolution: as for `retnet`.
         changes: fields of the twin (ATTENTION, and `ffn_dim`), and of the RetNet whose width and size it has.
 
     Raises:
@@ -279,7 +287,7 @@ def transformer(size: str | None = None, **changes: Any) -> ModelConfig:
     mixer = AttentionConfig(**known | {ATTENTION[name][0]: value for name, value in own.items()})
     assert block.ffn is not None
     ffn = replace(block.ffn, width=width or block.ffn.width)
-    return replace(base, blocks=(BlockConfig(mixer, ffn),) * base.layers)
+    return replace(base, blocks=(BlockConfig(mixer, ffn),) * base.layers).with_convolutions(convolution)
 
 
 def hybrid(
@@ -291,6 +299,7 @@ def hybrid(
     attention_sinks: int = 0,
     attention_rotary: str = "half",
     attention_forget: bool = False,
+    convolution: int = 0,
     **changes: Any,
 ) -> ModelConfig:
     """Config of a RetNet with some attention blocks from its twin, with as many parameters.
@@ -307,6 +316,7 @@ def hybrid(
         attention_sinks: first tokens of a text, to which they attend beside the window.
         attention_rotary: rotation in these blocks: half, interleaved, or none, which leaves order to retention.
         attention_forget: a forget gate in these blocks (`AttentionConfig.forget_gate`).
+        convolution: as for `retnet`.
         changes: as for `retnet`; attention blocks have QK-norm if the others have it.
 
     Raises:
@@ -331,4 +341,5 @@ def hybrid(
     attends = _twin_block(block, base.norm_eps)
     own = dict(window=attention_window, sinks=attention_sinks, rotary=attention_rotary, forget_gate=attention_forget)
     attends = replace(attends, mixer=replace(attends.mixer, qk_norm=mixer.qk_norm, **own))  # type: ignore[arg-type]
-    return replace(base, blocks=tuple(attends if i in places else block for i in range(layers)))
+    blocks = tuple(attends if i in places else block for i in range(layers))
+    return replace(base, blocks=blocks).with_convolutions(convolution)

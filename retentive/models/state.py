@@ -20,9 +20,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from retentive.files import load_tensors, write_tensors
-from retentive.models.memory import MEMORIES, AttentionMemory, Memory, RetentionMemory
+from retentive.models.memory import MEMORIES, AttentionMemory, ConvolutionMemory, Memory, RetentionMemory
 
 FORMAT = "retentive-state-2"
+FIRST = {RetentionMemory.kind: "state", ConvolutionMemory.kind: "rows"}
+"""Tensor in a file that tells a memory's kind; others are of attention."""
 
 
 @dataclass
@@ -38,7 +40,7 @@ class State:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kind of each memory, "retention" or "attention"."""
+        """Kind of each memory: "retention", "attention" or "convolution"."""
         return tuple(m.kind for m in self.memories)
 
     @property
@@ -221,7 +223,7 @@ def load_state(path: str | Path) -> State:
         raise ValueError(f"{path} holds no saved state (format {metadata.get('format')!r}, expected {FORMAT!r})")
     memories: list[Memory] = []
     for own, window, first in zip(names, windows, sinks, strict=True):
-        kind = RetentionMemory.kind if "state" in own else AttentionMemory.kind
+        kind = next((kind for kind, name in FIRST.items() if name in own), AttentionMemory.kind)
         try:
             memories.append(MEMORIES[kind].read(own, window, tensors["position"], first))
         except ValueError as error:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from retentive.layers.config import AttentionConfig, FeedForwardConfig, RetentionConfig
-from retentive.models.config import LATER, BlockConfig, ModelConfig, check_layers
+from retentive.models.config import LATER, BlockConfig, Mixer, ModelConfig, check_layers
 from retentive.models.presets import ARCHITECTURES, FEED_FORWARD, HYBRID, RETENTION, SHARED, hybrid, retnet
 
 NEW = ("rotary_base", "head_dim", "sinks", *LATER)
@@ -53,6 +53,8 @@ def _transformer(raw: dict[str, Any]) -> ModelConfig:
 
 def version_1(config: ModelConfig) -> tuple[str, dict[str, Any]] | None:
     """Returns (class, fields) as that version described a RetNet, Transformer or Hybrid; None if it could not."""
+    if any(block.ffn is None for block in config.blocks):
+        return None
     shared = {name: getattr(config, name) for name in SHARED}
     block = config.blocks[config.kinds.index(RetentionConfig.kind)] if config.retains else config.blocks[0]
     if isinstance(block.mixer, AttentionConfig):
@@ -75,5 +77,5 @@ def version_1(config: ModelConfig) -> tuple[str, dict[str, Any]] | None:
     return (name, flat) if again == config else None
 
 
-def _flat(mixer: RetentionConfig | AttentionConfig) -> dict[str, Any]:
+def _flat(mixer: Mixer) -> dict[str, Any]:
     return {name: value for name, value in asdict(mixer).items() if name not in NEW}

@@ -104,6 +104,15 @@ def adapter_for(model: LanguageModel, base: ModelFolder, rank: int, alpha: float
     return Adapter(name, base.sha256, rank, alpha, targets_of(model, targets, rank))
 
 
+def check_taps(config: Config, length: int) -> None:
+    """Raise ValueError if a convolution has more taps than a row has tokens: the first would never be trained."""
+    taps = 0 if config.library or config.convolution is None else config.convolution.taps
+    if taps > length:
+        raise ValueError(
+            f"a convolution of {taps} taps is longer than rows of {option('length', length)}: change either"
+        )
+
+
 def check_fits(config: Config, batch: int, length: int, device: torch.device) -> None:
     """Raise ValueError if a step certainly does not fit into free memory. Passing is no guarantee that it fits."""
     least, free = cost.least_training_bytes(config, batch * length), machine.free_memory(device)

@@ -36,6 +36,7 @@ from retentive.train.hooks import Callback, Hooks, hooks_on
 from retentive.train.initial import (
     adapter_for,
     check_fits,
+    check_taps,
     check_vocabulary,
     encoders_for,
     freeze_others,
@@ -403,11 +404,14 @@ class TrainRun:
         """Config of the model for a vocabulary size; with `init`, the config of that model.
 
         Raises:
-            ValueError: an unknown size or field, or an architecture given together with `init`.
+            ValueError: an unknown size or field, an architecture given together with `init`, or a convolution longer
+                than a row.
         """
         own = {name: value for name, value in self.set.items() if "." not in name}
         if not self.init:
-            return config_of(self.model, self.size, vocab_size=vocab_size, **own)
+            config = config_of(self.model, self.size, vocab_size=vocab_size, **own)
+            check_taps(config, self.length)
+            return config
         if (self.size, self.model) != (TrainRun.size, TrainRun.model):  # a field's default is the class's attribute
             raise ValueError(both_architectures(self.init))
         if set(own) - {"dropout"}:

@@ -17,4 +17,5 @@ def kinds(config: ModelConfig) -> dict[str, Any]:
         "hybrid": mixed,
         "transformer-window": changed(twin(config), attention_window=7, forget_gate=True, qk_norm=True),
         "hybrid-window": changed(mixed, attention_window=5, attention_sinks=2),
+        "hybrid-convolution": changed(mixed, attention_window=5).with_convolutions(4),
     }

@@ -67,7 +67,7 @@ def garden_path(model):
     table[2] = torch.tensor([1e-9, 1e-9, 1.0, 1e-9])
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith(("out_proj.weight", "down_proj.weight")):
+            if name.endswith(("out_proj.weight", "down_proj.weight", "convolution.weight")):
                 p.zero_()
         units = torch.eye(V, CONFIG.dim, dtype=torch.float64)
         model.embed.weight.copy_(units)

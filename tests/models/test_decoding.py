@@ -39,6 +39,8 @@ CONFIGS = {
     "hybrid-window": hybrid(**SMALL | dict(layers=4), attention_every=2, attention_window=4),
     "hybrid-four-window": hybrid(**SMALL | dict(layers=4), attention_window=3, attention_rotary="none"),
     "transformer-window": transformer(**SMALL, attention_window=4),
+    "retnet-convolution": retnet(**SMALL, convolution=4),
+    "hybrid-window-convolution": hybrid(**SMALL, attention=(1,), attention_window=4, convolution=2),
     "transformer-gate": transformer(**SMALL, forget_gate=True),
     "transformer-window-gate": transformer(**SMALL, attention_window=5, forget_gate=True, qk_norm=True, rotary="none"),
 }

@@ -95,6 +95,7 @@ def train_all(data: str, out: Path) -> None:
         in_float32 = (base,) if model == "retnet" else ()
         jobs += [divided(job, mesh) for job in (*in_float32, wide) for mesh in ("one", *MESHES)]
     window = window_job(data)
+    convolution = replace(window, name="convolution", changes={**window.changes, "convolution": 4})
     others = {
         Job("carry", data, mode="carry", **WIDE): ("dp2", "fsdp2", "tp2"),
         Job("twin", data, model="transformer", changes={"qkv_bias": True}, **WIDE): ("dp2", "fsdp2", "tp2"),
@@ -103,6 +104,8 @@ def train_all(data: str, out: Path) -> None:
         # attention that reads across the border of a rank: all before it, and a window
         Job("hybrid", data, model="hybrid", changes={"attention_every": 2}, length=63, **WIDE): ("cp2",),
         window: ("cp2", "tp2"),
+        convolution: ("cp2", "tp2", "fsdp2"),
+        replace(convolution, name="carry-convolution", mode="carry"): ("dp2", "tp2"),
         Job("gate", data, model="transformer", changes=GATE, length=63, **WIDE): ("cp2",),
         Job("sinks", data, model="transformer", changes=SINKS, mode="packed", batch=1, length=255, **WIDE): ("cp2",),
         replace(window, name="carry-window", mode="carry"): ("dp2", "fsdp2", "tp2"),
@@ -204,6 +207,7 @@ OTHERS = ["carry-dp2", "carry-fsdp2", "carry-tp2", "twin-dp2", "twin-fsdp2", "tw
 OTHERS += ["fla-cp2", "hybrid-cp2", "window-cp2", "window-tp2", "gate-cp2", "sinks-cp2"]
 OTHERS += ["predictions-dp2", "predictions-fsdp2", "predictions-tp2", "mixers-dp2"]
 OTHERS += ["carry-window-dp2", "carry-window-fsdp2", "carry-window-tp2"]
+OTHERS += ["convolution-cp2", "convolution-tp2", "convolution-fsdp2", "carry-convolution-dp2", "carry-convolution-tp2"]
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -99,6 +99,8 @@ def of_heads(memory: Any, f: Callable[[Tensor, int], Tensor]) -> Memory:
     """The memory with f applied to all tensors that have heads, and to the dimension that these are."""
     if memory.kind == "retention":
         return RetentionMemory(f(memory.tensor(), 1))
+    if memory.kind == "convolution":  # on every rank the same
+        return memory
     return memory.filled(tuple(f(x, 2) for x in memory.layer))
 
 

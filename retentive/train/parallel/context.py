@@ -5,6 +5,7 @@ is cut crosses a border. So does, in every layer, the past that its mixer needs:
 
     retention   its state, of the same size whatever the length (`ops.pieces`)
     attention   keys and values of the sequence's tokens before this part, of a window those that can be seen
+    convolution the few tokens before this part
 
 Layers exchange through the `ContextParallel` in their attribute `context`, which is None in a model of one rank.
 """
@@ -16,10 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from retentive.data.loader import Batch, Carry
-from retentive.layers import Attention, MultiScaleRetention, Positions
+from retentive.layers import Attention, Convolution, MultiScaleRetention, Positions
 from retentive.layers.past import Layer, Span, seen_before
 from retentive.models import LanguageModel, State
 from retentive.ops import across, retention
@@ -59,6 +61,16 @@ class ContextParallel:
         """Attends within packed sequences `[1,T,…]`, of which other ranks have the tokens before the first."""
         new, past = self.before(new, spans[0].start, layer.window, layer.sinks)
         return layer.within(q, new, spans, {} if past is None else {0: past})
+
+    def rows(self, layer: Convolution, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """(x `[1,T,D]`, the tokens before each of its N sequences `[N,n-1,D]`); other ranks have those of the first."""
+        start = 0 if positions.start is None else int(positions.start[0])
+        (x,), past = self.before((x,), start, layer.reach + 1, 0)
+        rows = x.new_zeros(len(positions.end), layer.reach, x.shape[-1])
+        if past is not None:
+            first = F.pad(past[0], (0, 0, layer.reach - past[0].shape[1], 0))
+            rows = torch.cat((first, rows[1:]))
+        return x, rows
 
     def before(self, new: Layer, start: int, window: int, sinks: int) -> tuple[Layer, Layer | None]:
         """(keys and values of this part; those of earlier tokens that its first sequence sees, None without any).
@@ -125,7 +137,8 @@ def context_parallel(model: LanguageModel, axis: Axis) -> LanguageModel:
 
 def mixers(model: LanguageModel) -> list[Any]:
     """The layers that mix tokens."""
-    return [layer for layer in model.blocks.modules() if isinstance(layer, MultiScaleRetention | Attention)]
+    kinds = MultiScaleRetention | Attention | Convolution
+    return [layer for layer in model.blocks.modules() if isinstance(layer, kinds)]
 
 
 @contextmanager

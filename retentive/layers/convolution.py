@@ -1,0 +1,116 @@
+"""Short causal convolution: each feature of a token, mixed with the same feature of the few tokens before it.
+
+    out_t = sum_i weight[n - 1 - i] * x_{t-i}       i = 0 … n - 1; a weight for each tap and feature
+
+Retention and attention then find in a token what its neighbours say. The state is the last n - 1 tokens.
+
+Source: the depthwise convolutions of H3 (arXiv 2212.14052) and Mamba (arXiv 2312.00752). As a layer of its own, before
+mixers and feed-forward layers: Canon layers (Allen-Zhu, 2025, ssrn.com/abstract=5240330).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retentive.layers.config import ConvolutionConfig
+from retentive.layers.positions import Positions
+
+
+class Phases(NamedTuple):
+    """Where packed or padded sequences lie in the B x T tokens, computed once for all layers."""
+
+    count_N1: Tensor
+    """Tokens of each sequence."""
+    end_N1: Tensor
+    """Place after the last token of each."""
+    first: Tensor
+    """`[N,n-1]`, places of the first tokens of each, which the state reaches."""
+
+
+class Convolution(nn.Module):
+    """`(x [B,T,D], rows [N,S,D])` -> `(out [B,T,D], rows)`; rows are the last S >= n - 1 tokens of x, newest last.
+
+    Rows are float32 or wider. Without gradients, given rows are written in place.
+    """
+
+    kind = ConvolutionConfig.kind
+
+    def __init__(self, config: ConvolutionConfig):
+        super().__init__()
+        self.config, self.reach = config, config.taps - 1
+        self.weight = nn.Parameter(torch.empty(config.taps, config.dim))  # last: of the token itself
+        self.context: Any = None  # has the tokens before this rank's part (`train.parallel.context`)
+
+    def phases(self, positions: Positions, dtype: torch.dtype) -> Phases | None:
+        """Computes where the sequences lie; None if each row is one without padding."""
+        if positions.cu_seqlens is not None:
+            cu = positions.cu_seqlens.to(torch.int64)
+            count, end = cu.diff(), cu[1:]
+        elif positions.valid is not None:
+            valid = positions.valid.long()
+            T = valid.shape[1]
+            count = valid.sum(1)
+            end = valid.argmax(1) + count + torch.arange(len(valid), device=count.device) * T
+        else:
+            return None
+        begin = (end - count)[:, None]
+        return Phases(count[:, None], end[:, None], begin + torch.arange(self.reach, device=begin.device))
+
+    def forward(
+        self, x: Tensor, rows: Tensor | None, positions: Positions, phases: Phases | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns (out `[B,T,D]`, the last tokens after x; None if packed in training without any before)."""
+        given, N = rows, len(positions.end)
+        if self.context is not None:
+            x, rows = self.context.rows(self, x, positions)
+        if rows is None:
+            rows = x.new_zeros(N, self.reach, x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
+        past = rows[:, rows.shape[1] - self.reach :].to(x.dtype)
+        if phases is None:
+            out = self.mixed(torch.cat((past, x), 1))
+        else:
+            out = self._of_sequences(x, past, phases)
+        if given is None and phases is not None and torch.is_grad_enabled():
+            return out, None
+        after = last_rows(rows, x, phases)
+        if given is None or torch.is_grad_enabled():
+            return out, after
+        return out, given.copy_(after)
+
+    def mixed(self, laid: Tensor) -> Tensor:
+        """Returns `[…,L-n+1,D]` of `[…,L,D]`: the sum of products with the weights, in the dtype of `laid`."""
+        T, weight = laid.shape[-2] - self.reach, self.weight.to(laid.dtype)
+        out = laid[..., self.reach :, :] * weight[-1]
+        for i in range(self.reach):
+            out = torch.addcmul(out, laid[..., i : i + T, :], weight[i])
+        return out
+
+    def _of_sequences(self, x: Tensor, past: Tensor, phases: Phases) -> Tensor:
+        """Mixes all rows as if each were one sequence, then the first tokens of each sequence with its own past."""
+        B, T, D = x.shape
+        laid = F.pad(x, (0, 0, self.reach, 1))  # one more token, where those that a sequence does not have are written
+        out = self.mixed(laid).flatten(0, 1)
+        first = x.flatten(0, 1)[phases.first.clamp(max=B * T - 1)]
+        at = phases.first + torch.div(phases.first, T, rounding_mode="floor")  # rows are one longer here
+        there = phases.first < phases.end_N1
+        out = out.index_copy(
+            0, torch.where(there, at, T).flatten(), self.mixed(torch.cat((past, first), 1)).flatten(0, 1)
+        )
+        return out.view(B, T + 1, D)[:, :T]
+
+    def reset_parameters(self) -> None:
+        """Sets the weights to 0: with its residual, a new layer changes nothing."""
+        nn.init.zeros_(self.weight)
+
+
+def last_rows(rows: Tensor, x: Tensor, phases: Phases | None) -> Tensor:
+    """Returns the last S tokens of each sequence after x, in the dtype of `rows` `[N,S,D]`, those before x."""
+    (N, S), T = rows.shape[:2], x.shape[1]
+    if phases is None:
+        return torch.cat((rows[:, T:], x[:, max(T - S, 0) :].to(rows.dtype)), 1)
+    back = torch.arange(S - 1, -1, -1, device=x.device)  # tokens after this one
+    new = x.flatten(0, 1)[(phases.end_N1 - 1 - back).clamp(min=0)].to(rows.dtype)
+    old = rows.gather(1, (S - 1 - back + phases.count_N1).clamp(max=S - 1)[..., None].expand(N, S, x.shape[-1]))
+    return torch.where((back < phases.count_N1)[..., None], new, old)
