@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from retentive.layers.config import ConvolutionConfig
 from retentive.layers.positions import Positions
+from retentive.ops.rows import convolve
 
 
 class Phases(NamedTuple):
     """Where packed or padded sequences lie in the B x T tokens, computed once for all layers."""
 
+    since_BT: Tensor
+    """int32: tokens before each in its sequence."""
     count_N1: Tensor
     """Tokens of each sequence."""
     end_N1: Tensor
@@ -45,18 +48,19 @@ class Convolution(nn.Module):
 
     def phases(self, positions: Positions, dtype: torch.dtype) -> Phases | None:
         """Computes where the sequences lie; None if each row is one without padding."""
+        device = positions.end.device
         if positions.cu_seqlens is not None:
-            cu = positions.cu_seqlens.to(torch.int64)
-            count, end = cu.diff(), cu[1:]
+            cu = positions.cu_seqlens.to(device, torch.int64)
+            count, end, T = cu.diff(), cu[1:], positions.of_token.shape[-1]
+            since = (torch.arange(T, device=device) - cu[:-1].repeat_interleave(count, output_size=T))[None]
         elif positions.valid is not None:
             valid = positions.valid.long()
-            T = valid.shape[1]
-            count = valid.sum(1)
-            end = valid.argmax(1) + count + torch.arange(len(valid), device=count.device) * T
+            count, at = valid.sum(1), torch.arange(len(valid), device=device)
+            end, since = valid.argmax(1) + count + at * valid.shape[1], (valid.cumsum(1) - 1).clamp(min=0)
         else:
             return None
-        begin = (end - count)[:, None]
-        return Phases(count[:, None], end[:, None], begin + torch.arange(self.reach, device=begin.device))
+        first = (end - count)[:, None] + torch.arange(self.reach, device=device)
+        return Phases(since.to(torch.int32), count[:, None], end[:, None], first)
 
     def forward(
         self, x: Tensor, rows: Tensor | None, positions: Positions, phases: Phases | None
@@ -66,12 +70,11 @@ class Convolution(nn.Module):
         if self.context is not None:
             x, rows = self.context.rows(self, x, positions)
         if rows is None:
+            out = convolve(x, self.weight, None if phases is None else phases.since_BT)
             rows = x.new_zeros(N, self.reach, x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
-        past = rows[:, rows.shape[1] - self.reach :].to(x.dtype)
-        if phases is None:
-            out = self.mixed(torch.cat((past, x), 1))
         else:
-            out = self._of_sequences(x, past, phases)
+            past = rows[:, rows.shape[1] - self.reach :].to(x.dtype)
+            out = self._after(past, x) if phases is None else self._of_sequences(past, x, phases)
         if given is None and phases is not None and torch.is_grad_enabled():
             return out, None
         after = last_rows(rows, x, phases)
@@ -79,26 +82,18 @@ class Convolution(nn.Module):
             return out, after
         return out, given.copy_(after)
 
-    def mixed(self, laid: Tensor) -> Tensor:
-        """Returns `[…,L-n+1,D]` of `[…,L,D]`: the sum of products with the weights, in the dtype of `laid`."""
-        T, weight = laid.shape[-2] - self.reach, self.weight.to(laid.dtype)
-        out = laid[..., self.reach :, :] * weight[-1]
-        for i in range(self.reach):
-            out = torch.addcmul(out, laid[..., i : i + T, :], weight[i])
-        return out
+    def _after(self, past: Tensor, x: Tensor) -> Tensor:
+        """Returns the outputs of x `[N,T,D]`, whose sequences begin with `past` `[N,n-1,D]`."""
+        return convolve(torch.cat((past, x), 1), self.weight)[:, self.reach :]
 
-    def _of_sequences(self, x: Tensor, past: Tensor, phases: Phases) -> Tensor:
-        """Mixes all rows as if each were one sequence, then the first tokens of each sequence with its own past."""
-        B, T, D = x.shape
-        laid = F.pad(x, (0, 0, self.reach, 1))  # one more token, where those that a sequence does not have are written
-        out = self.mixed(laid).flatten(0, 1)
-        first = x.flatten(0, 1)[phases.first.clamp(max=B * T - 1)]
-        at = phases.first + torch.div(phases.first, T, rounding_mode="floor")  # rows are one longer here
-        there = phases.first < phases.end_N1
-        out = out.index_copy(
-            0, torch.where(there, at, T).flatten(), self.mixed(torch.cat((past, first), 1)).flatten(0, 1)
-        )
-        return out.view(B, T + 1, D)[:, :T]
+    def _of_sequences(self, past: Tensor, x: Tensor, phases: Phases) -> Tensor:
+        """Returns the outputs of packed or padded sequences: the first few of each are computed with its past."""
+        (B, T, D), N = x.shape, len(past)
+        out = F.pad(convolve(x, self.weight, phases.since_BT).flatten(0, 1), (0, 0, 0, 1))
+        first = self._after(past, x.flatten(0, 1)[phases.first.clamp(max=B * T - 1)])
+        there = phases.first < phases.end_N1  # others are written to one more token, which is left out
+        at = torch.where(there, phases.first, B * T).flatten()
+        return out.index_copy(0, at, first.reshape(N * self.reach, D))[:-1].view(B, T, D)
 
     def reset_parameters(self) -> None:
         """Sets the weights to 0: with its residual, a new layer changes nothing."""

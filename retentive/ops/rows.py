@@ -1,7 +1,8 @@
-"""Row-wise operations of a model: RMSNorm, rotation and scale of q and k, softmax loss.
+"""Row-wise operations of a model: RMSNorm, rotation and scale of q and k, short convolutions, softmax loss.
 
     rms_norm(x)     = x / sqrt(mean(x^2) + eps) * weight
     rotate(x)       = scale * rotary.rotate(x)
+    convolve(x)_t   = sum_i weight_{n-1-i} * x_{t-i}
     softmax_loss(x) = -log softmax(x)[target], and its gradient
 
 In PyTorch each takes several passes over memory, with float32 copies if x is bf16; on a CPU they took a third of a
@@ -31,6 +32,12 @@ class Rotate(ctypes.Structure):
     """struct Rotate of c/rows.c."""
 
     _fields_ = struct("tokens T H K dtype half phase_rows scale_rows stride threads", "x cos sin scale y", real="sign")
+
+
+class Convolve(ctypes.Structure):
+    """struct Convolve of c/rows.c."""
+
+    _fields_ = struct("tokens T n D dtype weight_dtype threads", "since x weight dy y dx dweight")
 
 
 class Softmax(ctypes.Structure):
@@ -174,6 +181,61 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         cos, sin, scale = ctx.saved_tensors
         return _Rotate.apply(grad, cos, sin, ctx.variant, scale, -ctx.sign), None, None, None, None, None
+
+
+# ---- short convolutions ----
+
+
+def convolve(x: Tensor, weight: Tensor, since: Tensor | None = None) -> Tensor:
+    """Mixes each feature of x `[B,T,D]` with that of the tokens before it in its row; in the dtype of x.
+
+    Args:
+        weight: `[n,D]`, the last of the token itself, the first of the one n - 1 before it.
+        since: int32 `[B,T]`, tokens before each in its sequence; None: all before it in its row.
+    """
+    since = None if since is None else since.contiguous()
+    if compiled(x) and compiled(weight):
+        return _Convolve.apply(x, weight, since)
+    T, n = x.shape[1], len(weight)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    laid, weight = F.pad(x.to(wide), (0, 0, n - 1, 0)), weight.to(wide)
+    out = laid[:, n - 1 :] * weight[-1]
+    for i in range(min(n - 1, T - 1), 0, -1):
+        before = laid[:, n - 1 - i : n - 1 - i + T]
+        before = before if since is None else before * (since >= i)[..., None]
+        out = torch.addcmul(out, before, weight[-1 - i])
+    return out.to(x.dtype)
+
+
+class _Convolve(torch.autograd.Function):
+    """`convolve` by rows.c."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, since: Tensor | None) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        ctx.save_for_backward(x, weight, since)
+        y = torch.empty_like(x)
+        _call("convolve", _convolve(x, weight, since, y=y.data_ptr()))
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, since = ctx.saved_tensors
+        grad, dx = grad.contiguous(), torch.empty_like(x)
+        # one sum per thread, zeroed by C and added in order: no atomics, so the result is deterministic
+        sums = torch.empty(torch.get_num_threads(), *weight.shape, dtype=torch.float64)
+        places = {"dy": grad.data_ptr(), "dx": dx.data_ptr(), "dweight": sums.data_ptr()}
+        _call("convolve", _convolve(x, weight, since, **places))
+        return dx, sums.sum(0).to(weight.dtype), None
+
+
+def _convolve(x: Tensor, weight: Tensor, since: Tensor | None, **places: int) -> Convolve:
+    (B, T, D), n = x.shape, len(weight)
+    return Convolve(
+        B * T, T, n, D, DTYPES.index(x.dtype), DTYPES.index(weight.dtype), torch.get_num_threads(),
+        None if since is None else since.data_ptr(), x.data_ptr(), weight.data_ptr(), **places,
+    )  # fmt: skip
 
 
 # ---- the loss of logits ----

@@ -1,4 +1,4 @@
-"""RMSNorm, rotation and softmax loss, compiled and by PyTorch, against float64; layouts, threads, gradients."""
+"""RMSNorm, rotation, convolution, softmax loss: compiled and by PyTorch, against float64; layouts, threads."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from retentive.ops import cpu as cpu_module
 from retentive.ops import rotary, rows
-from retentive.ops.rows import rms_norm, rotate, softmax_loss
+from retentive.ops.rows import convolve, rms_norm, rotate, softmax_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
@@ -192,6 +192,63 @@ def test_no_number_is_read_that_nobody_wrote(dtype, poisoned, way):
     assert all(t.isfinite().all() for t in found)
     if way == "compiled":
         assert poisoned["empty"] and poisoned["empty_like"]
+
+
+# ---- short convolutions ----
+
+
+def plain_convolve(x, weight, since):
+    """The sum, token by token."""
+    rows = []
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            most = t if since is None else int(since[b, t])
+            rows.append(sum(weight[-1 - i] * x[b, t - i] for i in range(min(most, len(weight) - 1) + 1)))
+    return torch.stack(rows).view(x.shape)
+
+
+SINCE = torch.tensor([[0, 1, 0, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 0, 1]], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize(("n", "D"), [(2, 1), (4, 33), (12, 2500)])
+@dtypes
+def test_a_convolution_is_as_close_to_the_truth_as_pytorchs(dtype, n, D, packed, gold_rule):
+    x, weight, do = (torch.randn(s).to(DTYPES[dtype]) for s in ((2, 9, D), (n, D), (2, 9, D)))
+    since = SINCE if packed else None
+    test = gradients(lambda x, w: convolve(x, w, since), x, [weight], do)
+    plain = gradients(lambda x, w: plain_convolve(x, w, since), x, [weight], do)
+    gold = gradients(lambda x, w: plain_convolve(x, w, since), x.double(), [weight.double()], do.double())
+    for what, *three in zip(("y", "dx", "dweight"), gold, test, plain, strict=True):
+        assert three[1].dtype == DTYPES[dtype]
+        gold_rule(*three, 0.5 if three[0].numel() > 200 else 20, what)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_a_convolution_does_not_depend_on_threads(threads, same):
+    """Outputs not at all; the weights' gradient is a sum over tokens, in another order (float32: 6e-8 each)."""
+    x, weight, do = torch.randn(3, 300, 64), torch.randn(4, 64), torch.randn(3, 300, 64)
+    had = torch.get_num_threads()
+    want = gradients(lambda x, w: plain_convolve(x, w, None), x.double(), [weight.double()], do.double())
+    try:
+        torch.set_num_threads(threads)
+        got = gradients(convolve, x, [weight], do)
+    finally:
+        torch.set_num_threads(had)
+    for a, b in zip(got, want, strict=True):
+        same(a.double(), b, 3e-6)
+
+
+def test_a_convolutions_gradient_is_its_derivative():
+    x, weight = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 9, 3), (4, 3)))
+    assert torch.autograd.gradcheck(lambda x, w: convolve(x, w, SINCE), (x, weight))
+
+
+def test_a_convolution_of_another_dtype_than_its_weights(same):
+    x, weight = torch.randn(2, 9, 70).bfloat16(), torch.randn(4, 70)
+    got = convolve(x, weight)
+    assert got.dtype == torch.bfloat16
+    same(got.float(), plain_convolve(x.float(), weight, None), 2**-8)
 
 
 # ---- the loss of logits ----

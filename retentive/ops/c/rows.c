@@ -1,4 +1,4 @@
-/* Row-wise RMSNorm, rotation, and softmax with its loss, each in one pass over memory. The formulas are in rows.py.
+/* Row-wise RMSNorm, rotation, short convolutions, and softmax with its loss, each in one pass over memory. The formulas are in rows.py.
 
 Arithmetic is float32. Rows are divided among the threads in order, so the grouping of a sum over rows depends only on
 the number of threads.
@@ -32,6 +32,14 @@ typedef struct {
     void *x;
     float *loss; /* [rows] */
 } Softmax;
+
+typedef struct {
+    i64 tokens, T, n, D, dtype, weight_dtype, threads; /* tokens in rows of T; taps */
+    const int *since;                                  /* [tokens] before each in its sequence; NULL: all of the row */
+    const void *x, *weight, *dy;                       /* weight [n][D], the last of the token itself */
+    void *y, *dx;
+    double *dweight; /* [threads][n][D], double since it sums many rows */
+} Convolve;
 
 static int threads_for(i64 threads, i64 numbers) { return numbers < FEW ? 1 : (int)threads; }
 
@@ -132,6 +140,92 @@ int rotate(const Rotate *c) {
             }
         }
         free(x);
+    }
+    return failed;
+}
+
+/* taps of token t beside its own: 0 for the first of a sequence, then more, up to n - 1 */
+INLINE i64 taps_before(const Convolve *c, i64 t) {
+    i64 since = c->since ? c->since[t] : t % c->T;
+    return since < c->n - 1 ? since : c->n - 1;
+}
+
+enum { SLAB = 1024, TOGETHER = 64 }; /* features at a time, whose rows stay in the cache; tokens summed in float32 */
+
+static void weights_of(const Convolve *c, i64 at, i64 D, float *weight) {
+    i64 size = size_of(c->weight_dtype);
+    for (i64 i = 0; i < c->n; i++)
+        read_row(c->weight_dtype, (const char *)c->weight + (i * c->D + at) * size, D, weight + i * D, D);
+}
+
+static void convolve_slab(const Convolve *c, i64 at, i64 D, i64 first, i64 last, float *space) {
+    i64 n = c->n, size = size_of(c->dtype), bytes = c->D * size, from = at * size;
+    float *y = space, *weight = y + D, *x = weight + n * D;
+    weights_of(c, at, D, weight);
+    for (i64 t = first < n ? 0 : first - n + 1; t < last; t++) { /* token t is row t % n of x */
+        float *own = x + t % n * D;
+        read_row(c->dtype, (const char *)c->x + t * bytes + from, D, own, D);
+        if (t < first) continue;
+        for (i64 j = 0; j < D; j++) y[j] = own[j] * weight[(n - 1) * D + j];
+        for (i64 i = taps_before(c, t); i > 0; i--) {
+            const float *w = weight + (n - 1 - i) * D, *before = x + (t - i) % n * D;
+            for (i64 j = 0; j < D; j++) y[j] += w[j] * before[j];
+        }
+        write_rows(c->dtype, y, D, 1, D, (char *)c->y + t * bytes + from, D);
+    }
+}
+
+static void convolve_slab_backward(const Convolve *c, i64 at, i64 D, i64 first, i64 last, double *sums, float *space) {
+    i64 n = c->n, size = size_of(c->dtype), bytes = c->D * size, from = at * size;
+    float *dx = space, *weight = dx + D, *x = weight + n * D, *dy = x + n * D, *few = dy + n * D;
+    memset(few, 0, n * D * 4);
+    weights_of(c, at, D, weight);
+    for (i64 t = first < n ? 0 : first - n + 1; t < first; t++)
+        read_row(c->dtype, (const char *)c->x + t * bytes + from, D, x + t % n * D, D);
+    for (i64 t = first; t < first + n - 1 && t < c->tokens; t++)
+        read_row(c->dtype, (const char *)c->dy + t * bytes + from, D, dy + t % n * D, D);
+    for (i64 t = first; t < last; t++) { /* x holds the n rows up to t, dy those from t on */
+        i64 ahead = t + n - 1, taps = taps_before(c, t);
+        const float *own = dy + t % n * D;
+        read_row(c->dtype, (const char *)c->x + t * bytes + from, D, x + t % n * D, D);
+        if (ahead < c->tokens) read_row(c->dtype, (const char *)c->dy + ahead * bytes + from, D, dy + ahead % n * D, D);
+        for (i64 j = 0; j < D; j++) dx[j] = own[j] * weight[(n - 1) * D + j];
+        for (i64 i = 1; i < n && t + i < c->tokens && taps_before(c, t + i) >= i; i++) {
+            const float *w = weight + (n - 1 - i) * D, *after = dy + (t + i) % n * D;
+            for (i64 j = 0; j < D; j++) dx[j] += w[j] * after[j];
+        }
+        write_rows(c->dtype, dx, D, 1, D, (char *)c->dx + t * bytes + from, D);
+        for (i64 i = 0; i <= taps; i++) {
+            float *sum = few + (n - 1 - i) * D;
+            const float *before = x + (t - i) % n * D;
+            for (i64 j = 0; j < D; j++) sum[j] += own[j] * before[j];
+        }
+        if (t + 1 < last && (t + 1 - first) % TOGETHER) continue;
+        for (i64 i = 0; i < n; i++)
+            for (i64 j = 0; j < D; j++) sums[i * c->D + at + j] += few[i * D + j];
+        memset(few, 0, n * D * 4);
+    }
+}
+
+/* both directions: the backward one if there are sums of the weights' gradients */
+int convolve(const Convolve *c) {
+    int failed = 0, threads = threads_for(c->threads, c->tokens * c->D);
+    if (c->dweight) memset(c->dweight, 0, c->threads * c->n * c->D * 8);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (i64 part = 0; part < threads; part++) {
+        i64 first = c->tokens * part / threads, last = c->tokens * (part + 1) / threads;
+        float *space = malloc((4 * c->n + 1) * SLAB * 4);
+        if (!space) {
+#pragma omp atomic write
+            failed = 1;
+            continue;
+        }
+        for (i64 at = 0; at < c->D; at += SLAB) {
+            i64 D = c->D - at < SLAB ? c->D - at : SLAB;
+            if (c->dweight) convolve_slab_backward(c, at, D, first, last, c->dweight + part * c->n * c->D, space);
+            else convolve_slab(c, at, D, first, last, space);
+        }
+        free(space);
     }
     return failed;
 }
