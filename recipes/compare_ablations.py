@@ -10,7 +10,7 @@ from pathlib import Path
 from retentive.compare import Comparison
 
 VARIANTS = ("retnet-paper", "no-gate", "no-head-norm", "no-decay", "one-decay", "small-heads", "paper-decay")
-VARIANTS += ("no-score-norm", "short-head", "gated", "hybrid", "transformer")
+VARIANTS += ("no-score-norm", "short-head", "gated", "hybrid-whole", "transformer")
 
 
 def recipe() -> Comparison:

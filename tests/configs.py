@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from retentive.checkpoint.quantize import matrices
 from retentive.models import ModelConfig
+from retentive.models import hybrid as preset
 from retentive.models.presets import ATTENTION, FEED_FORWARD, RETENTION
 
 ATTENTION = ATTENTION | {name: (name, Any) for name in ("rotary_scaling", "moving_sinks")}
@@ -31,6 +32,11 @@ def changed(config: ModelConfig, *, layers: int = 0, **fields: Any) -> ModelConf
     rest = set(fields) - {"heads", *RETENTION, *ATTENTION, *FEED_FORWARD}
     blocks = blocks[:1] * layers if layers else blocks
     return replace(config, blocks=tuple(blocks), **{name: fields[name] for name in rest})
+
+
+def hybrid(**fields: Any) -> ModelConfig:
+    """Returns a hybrid with nothing but what is asked for: attention to all tokens, no gates, no convolutions."""
+    return preset(**{"attention_window": None, "attention_forget": False, "convolution": 0} | fields)
 
 
 def stacked(config: ModelConfig) -> ModelConfig:

@@ -45,8 +45,8 @@ class Options(OnDevice, Sized):
     """Batch sizes: sequences decoded together."""
     models: tuple[str, ...] = tuple(models.NAMES)
     """Models: retnet, transformer, grouped (the twin with grouped heads), llama (of transformers). In C, with -bf16,
-    -int8 or -int4: native, native-twin (the grouped twin), native-hybrid (attention with a window of 256 in every
-    fourth block). Of llama.cpp, if installed, the grouped twin: llamacpp-f16, llamacpp-q8_0, llamacpp-q4_0."""
+    -int8 or -int4: native, native-twin (the grouped twin), native-hybrid. Of llama.cpp, if
+    installed, the grouped twin: llamacpp-f16, llamacpp-q8_0, llamacpp-q4_0."""
     precision: str = "bf16"
     """Precision of weights and caches, bf16 or fp32; the state is always float32."""
     full_heads: bool = False
@@ -92,7 +92,8 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         "device": str(device),
         "precision": options.precision,
         "heads": {
-            name: [getattr(one.config.mixers[0], h) for h in ("heads", "kv_heads")] for name, one in rivals.items()
+            name: [getattr(one.config.without_convolutions().mixers[0], h) for h in ("heads", "kv_heads")]
+            for name, one in rivals.items()
         },
         "parameters": {name: cost.parameters(one.config) for name, one in rivals.items()},
         # first context at which the cache, which grows by remembers(1, 1) a token, is larger than state and ring

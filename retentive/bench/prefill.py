@@ -32,8 +32,8 @@ class Options(OnDevice, Sized):
     """Prompt lengths in tokens."""
     models: tuple[str, ...] = MODELS
     """Models: retnet, transformer, grouped (the twin with grouped heads). In C, with -bf16,
-    -int8 or -int4: native, native-twin (the grouped twin), native-hybrid (attention with a window of 256 in every
-    fourth block). Of llama.cpp, if installed, the grouped twin: llamacpp-f16, llamacpp-q8_0, llamacpp-q4_0."""
+    -int8 or -int4: native, native-twin (the grouped twin), native-hybrid. Of llama.cpp, if
+    installed, the grouped twin: llamacpp-f16, llamacpp-q8_0, llamacpp-q4_0."""
     precision: str = "bf16"
     """Precision of weights and caches, bf16 or fp32; the state is always float32."""
     repeats: int = 3

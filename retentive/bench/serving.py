@@ -62,7 +62,7 @@ class Options(Sized):
     """Precision of the weights of retnet, bf16 or fp32."""
     models: tuple[str, ...] = MODELS
     """Models, each with its own engine: retnet. In C, with -bf16, -int8 or -int4: native, native-twin (its Transformer
-    twin), native-hybrid (attention with a window of 256 in every fourth block)."""
+    twin), native-hybrid."""
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:

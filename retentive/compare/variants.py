@@ -59,6 +59,10 @@ def small_heads(config: RetentionConfig) -> dict[str, Any]:
     return dict(heads=4 * config.heads, kv_heads=0, value_dim=config.value_dim)
 
 
+OLDER: dict[str, Any] = dict(attention_every=4, attention_forget=False, convolution=0)
+"""Fields of hybrids that are not the default."""
+
+
 def portable(**fields: Any) -> Changes:
     """Returns `retnet-portable` with changed fields, which make it another architecture."""
 
@@ -122,10 +126,26 @@ VARIANTS = {
     "portable-swish": Variant("retnet", portable(gate_activation="swish"), "a swish gate"),
     "portable-rotation": Variant("retnet", portable(rotary="interleaved"), "with rotation"),
     "portable-qk-norm": Variant("retnet", portable(qk_norm=True), "with QK-norm"),
-    "hybrid": Variant("hybrid", none, "one block of four attends"),
-    "hybrid-window": Variant("hybrid", always(attention_window=256), "one block of four attends to 256 tokens"),
+    "retnet-convolution": Variant("retnet", always(convolution=4), "with short convolutions"),
+    "hybrid": Variant("hybrid", none, "this package's hybrid: every second block attends to 256 tokens"),
+    "hybrid-no-convolution": Variant("hybrid", always(convolution=0), "without convolutions"),
+    "hybrid-no-forget": Variant("hybrid", always(attention_forget=False), "without forget gates"),
+    "hybrid-no-rotation": Variant("hybrid", always(attention_rotary="none"), "without rotation in the windows"),
+    "hybrid-retention-no-rotation": Variant("hybrid", always(rotary="none"), "without rotation in retention"),
+    "hybrid-third": Variant("hybrid", always(attention_every=3), "every third block attends"),
+    "hybrid-fourth": Variant("hybrid", always(attention_every=4), "every fourth block attends"),
+    "hybrid-128": Variant("hybrid", always(attention_window=128), "windows of 128 tokens"),
+    "hybrid-512": Variant("hybrid", always(attention_window=512), "windows of 512 tokens"),
+    "hybrid-small-heads": Variant("hybrid", small_heads, "four times as many heads, a quarter as wide"),
+    # older hybrids: one block of four, and nothing else
+    "hybrid-whole": Variant("hybrid", always(**OLDER, attention_window=None), "one block of four attends"),
+    "hybrid-window": Variant("hybrid", always(**OLDER), "one block of four attends to 256 tokens"),
     "hybrid-window-bare": Variant(
-        "hybrid", always(attention_window=256, attention_rotary="none"), "the same without rotation in that block"
+        "hybrid", always(**OLDER, attention_rotary="none"), "the same without rotation in that block"
+    ),
+    "transformer-convolution": Variant("transformer", always(convolution=4), "twin with short convolutions"),
+    "transformer-qk-norm-forget-convolution": Variant(
+        "transformer", always(qk_norm=True, forget_gate=True, convolution=4), "twin with all three"
     ),
     "llama": Variant("llama", none, "Llama of the transformers library"),
     "mamba": Variant("mamba", none, "Mamba of the transformers library"),

@@ -20,7 +20,7 @@ from retentive.ops.rows import convolve
 
 
 class Phases(NamedTuple):
-    """Where packed or padded sequences lie in the B x T tokens, computed once for all layers."""
+    """Places of packed or padded sequences in the B x T tokens, computed once for all layers."""
 
     since_BT: Tensor
     """int32: tokens before each in its sequence."""

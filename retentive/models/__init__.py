@@ -11,7 +11,7 @@ from retentive.models.memory import AttentionMemory, ConvolutionMemory, Retentio
 from retentive.models.model import LanguageModel
 from retentive.models.peers import KINDS as PEERS
 from retentive.models.peers import Peer, PeerConfig, peer
-from retentive.models.presets import ARCHITECTURES, FIELDS, PRESETS, hybrid, retnet, transformer, twin
+from retentive.models.presets import ARCHITECTURES, FIELDS, PRESETS, hybrid, mixed, retnet, transformer, twin
 from retentive.models.state import State, load_state
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "config_of",
     "hybrid",
     "load_state",
+    "mixed",
     "peer",
     "retnet",
     "transformer",

@@ -2,7 +2,7 @@
 
     retnet("5m", vocab_size=257, decay="lm")          any field of the layers and of the model may be changed
     transformer("5m", vocab_size=257)                 the Transformer with as many parameters
-    hybrid("5m", vocab_size=257, attention_every=4, attention_window=256)
+    hybrid("5m", vocab_size=257, attention_every=4, attention_window=512)
 
 All are functions that return a ModelConfig: a variant is data, not a class.
 """
@@ -290,43 +290,56 @@ def transformer(size: str | None = None, *, convolution: int = 0, **changes: Any
     return replace(base, blocks=(BlockConfig(mixer, ffn),) * base.layers).with_convolutions(convolution)
 
 
-def hybrid(
-    size: str | None = None,
+def hybrid(size: str | None = None, **changes: Any) -> ModelConfig:
+    """Config of this package's hybrid: `mixed` of a RetNet.
+
+    Args:
+        size: a name of PRESETS; None: the shape of DEFAULTS.
+        changes: fields of `mixed`, and of the RetNet.
+
+    Raises:
+        ValueError: as `retnet` and `mixed`.
+    """
+    own = {name: changes.pop(name) for name in (*HYBRID, *CONVOLUTION) if name in changes}
+    return mixed(retnet(size, **changes), **own)
+
+
+def mixed(
+    config: ModelConfig,
     *,
     attention: Sequence[int] = (),
     attention_every: int = 0,
-    attention_window: int | None = None,
+    attention_window: int | None = 256,
     attention_sinks: int = 0,
     attention_rotary: str = "half",
-    attention_forget: bool = False,
-    convolution: int = 0,
-    **changes: Any,
+    attention_forget: bool = True,
+    convolution: int = 4,
 ) -> ModelConfig:
-    """Config of a RetNet with some attention blocks from its twin, with as many parameters.
+    """Config of a RetNet with some attention blocks from its twin, with as many parameters, and short convolutions.
 
-    Its memory grows slower than the Transformer's by the share of these blocks; with a window it has constant size.
+    By default every second block attends to a window, so memory has constant size; docs/which.md compares it with
+    others. With `attention_window=None` memory grows, by the share of these blocks.
     Source: the hybrids of Mamba-2 (arXiv 2405.21060, section 9.2.3) and Griffin (arXiv 2402.19427), which have one
     attention block, in Griffin with a window, for several recurrent ones.
 
     Args:
+        config: the RetNet; its blocks are equal, and attention blocks have QK-norm if they have it.
         attention: indices of the attention blocks, from 0.
-        attention_every: instead of indices, the last of every so many blocks; 0: 4, or the number of blocks if there
-            are fewer. 4: three blocks of retention, then one of attention.
+        attention_every: instead of indices, the last of every so many blocks; 0: 2. 4: three blocks of retention, then
+            one of attention.
         attention_window: number of tokens that a token attends to in these blocks, itself included; None: all.
-        attention_sinks: first tokens of a text, to which they attend beside the window.
+        attention_sinks: first tokens of a text, to which they attend beside the window; not beside a forget gate.
         attention_rotary: rotation in these blocks: half, interleaved, or none, which leaves order to retention.
         attention_forget: a forget gate in these blocks (`AttentionConfig.forget_gate`).
         convolution: as for `retnet`.
-        changes: as for `retnet`; attention blocks have QK-norm if the others have it.
 
     Raises:
-        ValueError: as `retnet`; or an index does not exist, or all blocks are of one kind.
+        ValueError: an index does not exist, all blocks would be of one kind, or an invalid value.
     """
-    base = retnet(size, **changes)
-    layers, block = base.layers, base.blocks[0]
+    layers, block = config.layers, config.blocks[0]
     if attention and attention_every:
         raise ValueError(f"attention names the blocks, attention_every={attention_every} counts them: give one")
-    every = attention_every or min(4, layers)
+    every = attention_every or 2
     places = set(attention) if attention else set(range(every - 1, layers, every)) if every > 0 else set()
     if not attention and not 2 <= every <= layers:
         raise ValueError(
@@ -336,10 +349,9 @@ def hybrid(
         raise ValueError(
             f"attention must name some of the blocks 0 to {layers - 1}, and leave one, got {sorted(places)}"
         )
-    mixer = block.mixer
-    assert isinstance(mixer, RetentionConfig)
-    attends = _twin_block(block, base.norm_eps)
+    mixer = config.all_retention("a hybrid")
+    attends = _twin_block(block, config.norm_eps)
     own = dict(window=attention_window, sinks=attention_sinks, rotary=attention_rotary, forget_gate=attention_forget)
     attends = replace(attends, mixer=replace(attends.mixer, qk_norm=mixer.qk_norm, **own))  # type: ignore[arg-type]
     blocks = tuple(attends if i in places else block for i in range(layers))
-    return replace(base, blocks=blocks).with_convolutions(convolution)
+    return replace(config, blocks=blocks).with_convolutions(convolution)

@@ -31,14 +31,16 @@ def read_version_1(kind: Any, raw: Mapping[str, Any]) -> ModelConfig:
     if kind not in list(kinds):  # a list, since JSON values may not be hashable
         raise TypeError(f'expected "kind" to be one of {", ".join(kinds)}, got {kind!r}')
     known = {*SHARED, *RETENTION, *FEED_FORWARD}
-    known |= {"hybrid": {*HYBRID} - {"attention"}, "transformer": {*TRANSFORMER}}.get(kind, set())
+    known |= {"hybrid": {*HYBRID} - {"attention", "attention_forget"}, "transformer": {*TRANSFORMER}}.get(kind, set())
     if unknown := sorted(set(raw) - known):
         raise TypeError(f"a {kind} has no field {', '.join(unknown)}")
     if kind == "transformer":
         return _transformer(dict(raw))
     # A missing field did not exist when the file was written, when all RetNets were the paper's.
     made = ARCHITECTURES["retnet-paper"] | dict(raw)
-    return hybrid(**made) if kind == "hybrid" else retnet(**made)
+    if kind == "retnet":
+        return retnet(**made)
+    return hybrid(**{"attention_every": 4, "attention_window": None} | made, attention_forget=False, convolution=0)
 
 
 def _transformer(raw: dict[str, Any]) -> ModelConfig:

@@ -12,9 +12,10 @@ from retentive.checkpoint.weights import weights_sha256
 from retentive.data.loader import Batch
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.layers.lora import Adapter, LoRA
-from retentive.models import build, hybrid, retnet, transformer
+from retentive.models import build, retnet, transformer
 from retentive.train.initial import adapter_for
 from retentive.train.objective import language_modelling
+from tests.configs import hybrid
 
 SMALL = dict(vocab_size=257, dim=32, layers=2, heads=2)
 CONFIGS = {

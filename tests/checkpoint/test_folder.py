@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 import retentive
 from retentive.checkpoint import ModelFolder, fla, save_model, torchscale
 from retentive.data.tokenizer import ByteTokenizer
-from retentive.models import ARCHITECTURES, build, hybrid, retnet, transformer
+from retentive.models import ARCHITECTURES, build, retnet, transformer
 from retentive.sampling import SamplingParams
-from tests.configs import changed
+from tests.configs import changed, hybrid
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 OURS = {

@@ -21,8 +21,8 @@ from retentive.data.sources import Document
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.files import load_tensors, save_tensors
 from retentive.layers.quantized import Integers, Quantized, QuantizedEmbedding, QuantizedLinear
-from retentive.models import ARCHITECTURES, build, hybrid, peer, retnet, transformer
-from tests.configs import on_levels
+from retentive.models import ARCHITECTURES, build, peer, retnet, transformer
+from tests.configs import hybrid, on_levels
 
 SMALL = dict(vocab_size=67, dim=48, layers=2, heads=2, ffn_dim=50)
 CONFIGS = {

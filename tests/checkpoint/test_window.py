@@ -17,9 +17,9 @@ from retentive.infer.memory import load_memory
 from retentive.infer.reading import write_memory
 from retentive.infer.sample import SamplingParams
 from retentive.layers.lora import Adapter
-from retentive.models import PeerConfig, build, cost, hybrid, retnet, transformer
+from retentive.models import PeerConfig, build, cost, retnet, transformer
 from retentive.native import NativeModel
-from tests.configs import changed
+from tests.configs import changed, hybrid
 
 SMALL = dict(vocab_size=257, dim=32, layers=2, heads=2)
 WINDOW, SINKS = 6, 2

@@ -24,10 +24,10 @@ def test_variants_have_the_parameters_of_the_sizes_retnet(name, size):
     assert config_of(VARIANTS[name].model, size, vocab_size=1000, **changes(VARIANTS[name], size)) == changed
 
 
-@pytest.mark.parametrize("name", ["retnet", "retnet-paper", "transformer", "hybrid"])
+@pytest.mark.parametrize("name", ["retnet", "retnet-paper", "transformer", "hybrid-window"])
 def test_what_goes_by_a_models_name_is_that_model(name):
     for size in ("1m", "2m", "5m", "10m"):
-        assert changes(VARIANTS[name], size) == {}
+        assert changes(VARIANTS[name], size).get("ffn_dim") is None
 
 
 def test_variants_are_what_they_say():
@@ -38,7 +38,8 @@ def test_variants_are_what_they_say():
     assert made("no-decay").retention.decay == "none"
     small = made("small-heads").retention
     assert (small.heads, small.kv_heads, small.key_dim, small.value_dim) == (16, 16, 64, base.retention.value_dim)
-    assert made("hybrid").kinds == ("retention", "retention", "retention", "attention") * 2
+    assert made("hybrid-window").kinds == ("retention", "retention", "retention", "attention") * 2
+    assert made("hybrid").without_convolutions().kinds == ("retention", "attention") * 4
     gated = made("gated").retention
     assert gated.decay == "gated" and gated.head_norm is ARCHITECTURES["retnet-paper"]["head_norm"]
     assert made("short-head").retention.decay[0] == -1

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from retentive.models import ARCHITECTURES, ModelConfig, hybrid, twin
-from tests.configs import changed
+from retentive.models import ARCHITECTURES, ModelConfig, twin
+from tests.configs import changed, hybrid
 
 
 def kinds(config: ModelConfig) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import torch
 import retentive
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.infer import embed as module
-from retentive.models import hybrid, retnet, transformer
+from retentive.models import retnet, transformer
 from retentive.native import with_engine
+from tests.configs import hybrid
 from tests.export.variants import TINY, peaked_model
 
 TEXTS = ["a cat", "a much longer text about dogs and mats", "x", "a cat"]

@@ -10,7 +10,8 @@ from retentive.infer import SamplingParams, generate
 from retentive.infer.cache import PrefixCache
 from retentive.infer.engine import Engine, Full
 from retentive.infer.requests import Returns
-from retentive.models import ModelConfig, build, hybrid, retnet, twin
+from retentive.models import ModelConfig, build, retnet, twin
+from tests.configs import hybrid
 from tests.infer.kinds import kinds
 
 CONFIG = retnet(vocab_size=61, dim=32, layers=2, heads=2)

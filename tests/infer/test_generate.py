@@ -6,7 +6,8 @@ import torch
 from retentive.infer import SamplingParams, generate
 from retentive.infer.generate import prefill
 from retentive.infer.sample import Sampler
-from retentive.models import ARCHITECTURES, build, hybrid, retnet, transformer
+from retentive.models import ARCHITECTURES, build, retnet, transformer
+from tests.configs import hybrid
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 CONFIGS = {

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from retentive.models import LanguageModel, State, build, hybrid, retnet, transformer
+from retentive.models import LanguageModel, State, build, retnet, transformer
 from retentive.ops import Ring
+from tests.configs import hybrid
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 CONFIGS = {

@@ -14,7 +14,8 @@ def test_every_name_in_one_size_has_about_as_many_parameters():
     assert base == retnet("1m", vocab_size=99, dropout=0.1)
     assert config_of("transformer", "1m", vocab_size=99, dropout=0.1) == twin(base)
     hybrid = config_of("hybrid", "1m", vocab_size=99, attention_every=2)
-    assert hybrid.kinds == ("retention", "attention") * 2 + ("retention",) and hybrid.vocab_size == 99
+    assert hybrid.without_convolutions().kinds == ("retention", "attention") * 2 + ("retention",)
+    assert hybrid.vocab_size == 99
     assert cost.parameters(hybrid) == pytest.approx(cost.parameters(base), rel=0.01)
     llama = config_of("llama", "1m", vocab_size=99)
     assert isinstance(llama, PeerConfig) and (llama.kind, llama.dim, llama.layers) == ("llama", 128, 5)
@@ -35,16 +36,22 @@ def test_a_change_of_a_twin_is_of_the_twin_where_it_has_such_a_field():
     assert narrow.blocks[0].ffn.width < twin_4.blocks[0].ffn.width
 
 
-def test_a_hybrid_of_fewer_blocks_than_four_attends_in_the_last():
+def test_a_hybrid_attends_to_a_window_in_every_second_block_and_convolves():
     hybrid = config_of("hybrid", "1m", vocab_size=99, layers=3, decay="none")
-    assert hybrid.kinds == ("retention", "retention", "attention") and hybrid.retention.decay == "none"
-    eight = config_of("hybrid", "1m", vocab_size=99, layers=8)
-    assert [i for i, kind in enumerate(eight.kinds) if kind == "attention"] == [3, 7]
+    mixing = ("convolution",)
+    assert hybrid.kinds == (*mixing, "retention", *mixing, *mixing, "attention", *mixing, *mixing, "retention", *mixing)
+    assert hybrid.retention.decay == "none" and hybrid.convolution.taps == 4 and hybrid.constant_state
+    assert hybrid.attention.window == 256 and hybrid.attention.forget_gate and hybrid.attention.qk_norm
+    assert [block.ffn is None for block in hybrid.blocks] == [True, True, False] * 3
+    bare = config_of("hybrid", "1m", vocab_size=99, layers=3, decay="none", convolution=0)
+    assert hybrid.without_convolutions() == bare and bare.with_convolutions(4) == hybrid
+    assert twin(hybrid) == twin(bare)
 
 
 def test_a_hybrid_attends_where_it_is_told(refuses):
     config = config_of("hybrid", "1m", vocab_size=99, attention=[0, 3])
-    assert config.kinds == ("attention", "retention", "retention", "attention", "retention")
+    kinds = config.without_convolutions().kinds
+    assert kinds == ("attention", "retention", "retention", "attention", "retention")
     gated = config_of("hybrid", "1m", vocab_size=99, attention=[1], attention_window=9, attention_forget=True)
     assert gated.attention.forget_gate and gated.attention.window == 9
     with refuses("attention must name some of the blocks 0 to 4, and leave one, got [5]"):

@@ -14,12 +14,11 @@ from retentive.models import (
     build,
     config_of,
     cost,
-    hybrid,
     retnet,
     transformer,
     twin,
 )
-from tests.configs import changed
+from tests.configs import changed, hybrid
 
 SMALL = dict(vocab_size=61, dim=24, layers=3, heads=2)
 CONFIGS = {

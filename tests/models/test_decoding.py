@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from retentive.models import ARCHITECTURES, State, hybrid, load_state, retnet, transformer
+from retentive.models import ARCHITECTURES, State, load_state, retnet, transformer
 from retentive.ops import Ring
-from tests.configs import stacked
+from tests.configs import hybrid, stacked
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 CONFIGS = {
@@ -37,7 +37,9 @@ CONFIGS = {
     "transformer-kv-heads": transformer(**SMALL | dict(heads=4), kv_heads=2),
     "transformer-tied": transformer(**SMALL, tie_embeddings=True),
     "hybrid-window": hybrid(**SMALL | dict(layers=4), attention_every=2, attention_window=4),
-    "hybrid-four-window": hybrid(**SMALL | dict(layers=4), attention_window=3, attention_rotary="none"),
+    "hybrid-four-window": hybrid(
+        **SMALL | dict(layers=4), attention_every=4, attention_window=3, attention_rotary="none"
+    ),
     "transformer-window": transformer(**SMALL, attention_window=4),
     "retnet-convolution": retnet(**SMALL, convolution=4),
     "hybrid-window-convolution": hybrid(**SMALL, attention=(1,), attention_window=4, convolution=2),

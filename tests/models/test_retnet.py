@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from retentive.models import ARCHITECTURES, LanguageModel, hybrid, retnet, transformer
+from retentive.models import ARCHITECTURES, LanguageModel, retnet, transformer
 from retentive.ops import using
+from tests.configs import hybrid
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 CONFIG = retnet(**SMALL)

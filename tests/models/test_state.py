@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch.utils import _pytree as pytree
 
-from retentive.models import ARCHITECTURES, State, hybrid, load_state, retnet, transformer
+from retentive.models import ARCHITECTURES, State, load_state, retnet, transformer
 from retentive.ops import Ring, using
 from retentive.ops.ring import slots
-from tests.configs import changed
+from tests.configs import changed, hybrid
 
 SMALL = dict(vocab_size=31, dim=24, layers=2, heads=2)
 CONFIGS = {
@@ -23,7 +23,9 @@ CONFIGS = {
     "transformer": transformer(**SMALL),
     "transformer-kv-heads": transformer(**SMALL | dict(heads=4), kv_heads=1),
     "hybrid-window": hybrid(**SMALL | dict(layers=4), attention_every=2, attention_window=4),
-    "hybrid-four-window": hybrid(**SMALL | dict(layers=4), attention_window=3, attention_rotary="none"),
+    "hybrid-four-window": hybrid(
+        **SMALL | dict(layers=4), attention_every=4, attention_window=3, attention_rotary="none"
+    ),
     "transformer-window": transformer(**SMALL, attention_window=4),
     "transformer-window-sinks": transformer(**SMALL, attention_window=4, attention_sinks=2),
     "hybrid-window-sinks": hybrid(**SMALL, attention=(0,), attention_window=2, attention_sinks=3),

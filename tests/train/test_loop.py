@@ -17,12 +17,12 @@ import retentive
 from retentive.data.packed import Packed
 from retentive.evals.heldout import HeldOut
 from retentive.files import load_tensors
-from retentive.models import ARCHITECTURES, build, hybrid, retnet, transformer, twin
+from retentive.models import ARCHITECTURES, build, retnet, transformer, twin
 from retentive.train import TrainConfig, language_modelling
 from retentive.train.checkpoints import folders
 from retentive.train.speed import pick_precision
 from retentive.train.step import Training, accumulate_gradients
-from tests.configs import changed
+from tests.configs import changed, hybrid
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = retnet(dim=32, layers=2, heads=2)

@@ -9,10 +9,11 @@ import torch
 
 from retentive.checkpoint.adapter import targets_of, with_adapter
 from retentive.layers.lora import Adapter
-from retentive.models import LanguageModel, build, hybrid, retnet, transformer
+from retentive.models import LanguageModel, build, retnet, transformer
 from retentive.models.encoders import ImageConfig, with_encoders
 from retentive.train import TrainConfig
 from retentive.train.optim import Muon, adamw, hidden_matrices, learning_rate, optimizer_of, orthogonal
+from tests.configs import hybrid
 
 SMALL = dict(dim=16, layers=2, heads=2)
 CONFIGS = {

@@ -47,7 +47,8 @@ WINDOWS = [("window", "cp4"), ("window", "cp2-tp2")]
 pytestmark = pytest.mark.timeout(LIMIT + 60)  # the first test of each fixture pays for its runs
 WIDE: dict = {"wide": True, "steps": 4, "evaluate": True}
 MODELS = ("retnet", "retnet-paper")
-WINDOW = {"attention_every": 2, "attention_window": 20}
+BARE = {"attention_window": None, "attention_forget": False, "convolution": 0}
+WINDOW = BARE | {"attention_window": 20}
 GATE = {"attention_window": 20, "forget_gate": True}
 SINKS = {"attention_window": 20, "attention_sinks": 3}
 
@@ -95,14 +96,14 @@ def train_all(data: str, out: Path) -> None:
         in_float32 = (base,) if model == "retnet" else ()
         jobs += [divided(job, mesh) for job in (*in_float32, wide) for mesh in ("one", *MESHES)]
     window = window_job(data)
-    convolution = replace(window, name="convolution", changes={**window.changes, "convolution": 4})
+    convolution = replace(window, name="convolution", changes={"attention_window": 20})
     others = {
         Job("carry", data, mode="carry", **WIDE): ("dp2", "fsdp2", "tp2"),
         Job("twin", data, model="transformer", changes={"qkv_bias": True}, **WIDE): ("dp2", "fsdp2", "tp2"),
         Job("packed", data, mode="packed", batch=1, length=255, checkpoint_activations=True, **WIDE): ("cp2",),
         Job("fla", data, model="fla", changes={"kv_heads": 2}, **WIDE): ("tp2", "cp2"),
         # attention that reads across the border of a rank: all before it, and a window
-        Job("hybrid", data, model="hybrid", changes={"attention_every": 2}, length=63, **WIDE): ("cp2",),
+        Job("hybrid", data, model="hybrid", changes=BARE, length=63, **WIDE): ("cp2",),
         window: ("cp2", "tp2"),
         convolution: ("cp2", "tp2", "fsdp2"),
         replace(convolution, name="carry-convolution", mode="carry"): ("dp2", "tp2"),

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 import retentive
 from retentive.checkpoint import save_model
 from retentive.evals.heldout import HeldOut
-from retentive.models import build, hybrid, retnet, twin
+from retentive.models import build, retnet, twin
 from retentive.train import TrainRun
 from retentive.train.checkpoints import folders
 from retentive.train.parallel import checkpoint as sharded
 from retentive.train.signals import Interrupted
-from tests.configs import changed
+from tests.configs import changed, hybrid
 
 TINY = retnet(dim=32, layers=2, heads=2, dropout=0.1)
 HYBRID = hybrid(dim=32, layers=2, heads=2, dropout=0.1, attention_every=2, attention_window=40)

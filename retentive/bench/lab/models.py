@@ -3,16 +3,16 @@
 retnet        the RetNet itself
 transformer   its twin: same width, depth and parameters, one key head per query head
 grouped       the twin with one key head for every four query heads, or nearly (the number must divide)
+hybrid        this package's hybrid of the RetNet's shape
 llama         Llama of the transformers library with its static cache, if installed
 native-*      the RetNet in C, with weights of bf16, int8 or int4
 native-twin-*, native-hybrid-*    the grouped twin in C, and the hybrid
 llamacpp-*    the grouped twin by llama.cpp, in its formats F16, Q8_0 and Q4_0, if llama_cpp and gguf are installed
 
-The hybrid has attention with a window of 256 tokens in one block of four. native-* and llamacpp-* run on CPUs only.
+native-* and llamacpp-* run on CPUs only.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from retentive.bench.lab import plot
 from retentive.bench.lab.options import Say, words
 from retentive.checkpoint.quantize import quantize
-from retentive.models import Config, LanguageModel, ModelConfig, build, peer, twin
+from retentive.models import Config, LanguageModel, ModelConfig, build, mixed, peer, twin
 from retentive.native import NativeModel
 from retentive.native.library import library
 from retentive.ops import using
@@ -45,13 +45,12 @@ NAMES = {
     "llamacpp-f16": "Transformer twin, llama.cpp F16",
     "llamacpp-q8_0": "Transformer twin, llama.cpp Q8_0",
     "llamacpp-q4_0": "Transformer twin, llama.cpp Q4_0",
+    "hybrid": "hybrid",
 }
 BITS = {"bf16": None, "int8": 8, "int4": 4}
 """Formats of the weights in C, with their bits if those are integers."""
 NATIVE = tuple(name for name in NAMES if name.startswith("native-"))
 """Models in C."""
-WINDOW, EVERY = 256, 4
-"""The hybrid: window of its attention, and one block of how many has it."""
 LLAMACPP = {"llamacpp-f16": 16.0, "llamacpp-q8_0": 8.5, "llamacpp-q4_0": 4.5}
 """Formats of llama.cpp, with their bits per weight: blocks of 32 with a 16-bit scale."""
 TOLERANCE = 1e-4
@@ -73,14 +72,6 @@ def grouped(config: ModelConfig) -> ModelConfig:
     return twin(config, kv_heads=next(n for n in range(-(-heads // 4), 0, -1) if heads % n == 0))
 
 
-def windowed(config: ModelConfig) -> ModelConfig:
-    """Returns the hybrid of a RetNet."""
-    mixer, block = config.all_retention("a bench"), twin(config).blocks[0]
-    attends = replace(block, mixer=replace(block.mixer, window=WINDOW, qk_norm=mixer.qk_norm))  # type: ignore[arg-type]
-    every = min(EVERY, config.layers)
-    return replace(config, blocks=tuple(attends if n % every == every - 1 else b for n, b in enumerate(config.blocks)))
-
-
 def config_of(name: str, config: ModelConfig, *, full_heads: bool = False) -> Config:
     """Returns the config of the model `name` that matches this RetNet: itself, a twin, a hybrid or a Llama of its size.
 
@@ -91,8 +82,8 @@ def config_of(name: str, config: ModelConfig, *, full_heads: bool = False) -> Co
         return peer(config, "llama")
     if name == "grouped" or name in LLAMACPP or name.startswith("native-twin"):
         return twin(config) if full_heads and name != "grouped" else grouped(config)
-    if name.startswith("native-hybrid"):
-        return windowed(config)
+    if name == "hybrid" or name.startswith("native-hybrid"):
+        return mixed(config)
     return twin(config) if name == "transformer" else config
 
 

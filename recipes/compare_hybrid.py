@@ -1,0 +1,26 @@
+"""The hybrid beside RetNets and the best Transformer twins, at 1m, four seeds, on three texts.
+
+    retentive compare --recipe recipes/compare_hybrid.py           (novels: the data of recipes/compare_sizes.py)
+    retentive demo --minutes 0.1                                   (which packs the source of Python's own library)
+    retentive compare --recipe recipes/compare_hybrid.py --data runs/demo-data --out runs/compare-hybrid-library
+    paste -d '\\n' train.en train.ja > pairs/train.txt              (sentence pairs of recipes/translate.py)
+    retentive data pairs/train.txt --valid pairs/valid.txt --out data/pairs
+    retentive compare --recipe recipes/compare_hybrid.py --data data/pairs --out runs/compare-hybrid-pairs
+
+4.1 M tokens per run. The first seed tries all learning rates, the others take its best.
+"""
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+from retentive.compare import Comparison
+
+VARIANTS = ("hybrid", "retnet", "retnet-convolution", "transformer", "transformer-qk-norm")
+VARIANTS += ("transformer-qk-norm-forget", "transformer-qk-norm-forget-convolution")
+
+
+def recipe() -> Comparison:
+    sizes = runpy.run_path(str(Path(__file__).with_name("compare_sizes.py")))["recipe"]()
+    out, lrs = Path("runs/compare-hybrid"), (4e-3, 8e-3, 1.6e-2)
+    return replace(sizes, out=out, variants=VARIANTS, sizes=("1m",), seeds=(0, 1, 2, 3), lrs=lrs)
