@@ -5,6 +5,7 @@
     state.i    float32 [B,H,K,V]        new_state.i   of each block of retention
     keys.i     float32 [B,kv_heads,S,K] new_keys.i    of each block of attention; values.i, and gates.i [B,H,S] if it
                                                       has a forget gate, likewise
+    rows.i     float32 [B,D,n-1]        new_rows.i    of each convolution over n tokens
 
 `position` is the number of tokens that each sequence has read. A memory may be bound to its input and its output at
 once, if the runtime reads it before it writes (`onnx_run` checks that). The caller chooses the slots S of a cache, the

@@ -1,4 +1,4 @@
-"""Mixers as nodes of an ONNX graph: retention, attention, and the values that depend on positions alone.
+"""Mixers as nodes of an ONNX graph: retention, attention, convolutions, and the values that depend on positions alone.
 
 **Retention** is one node, `LinearAttention` with the update rule "gated", S = exp(g) S + k v^T, o = q S: onnxruntime's
 own (com.microsoft, from 1.32 on) or that of ONNX's opset 27.
@@ -7,6 +7,9 @@ own (com.microsoft, from 1.32 on) or that of ONNX's opset 27.
 (`TensorScatter`). Then each token attends to the slots that its mask allows (`Attention`). No node reads the old cache,
 so that it may be written in place. With a window W the T new tokens overwrite slots, and none that the first of them
 sees: S is W + T - 1 at least. Both operators are ONNX's own, of opset 24.
+
+**Convolutions** are one node, `CausalConvWithState`, which has features before tokens: onnxruntime's own or that of
+opset 27.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor
 
 from retentive.export.onnx_graph import MICROSOFT, Graph
-from retentive.layers import AttentionConfig, RetentionConfig
+from retentive.layers import AttentionConfig, ConvolutionConfig, RetentionConfig
 from retentive.models.config import Mixer
 from retentive.ops import decay as decays
 from retentive.ops import rotary
@@ -26,6 +29,8 @@ def memories(mixer: Mixer, i: int) -> dict[str, list[Any]]:
     """Shapes of the tensors that block i remembers, by the names of their inputs; outputs have "new_" before these."""
     if mixer.kind == "retention":
         return {f"state.{i}": ["B", *mixer.head_shape]}
+    if mixer.kind == "convolution":
+        return {f"rows.{i}": ["B", mixer.dim, mixer.taps - 1]}
     slots = f"S{mixer.window or ''}"
     cache = ["B", mixer.kv_heads, slots, mixer.head_dim]
     gates: dict[str, list[Any]] = {f"gates.{i}": ["B", mixer.heads, slots]} if mixer.forget_gate else {}
@@ -53,6 +58,8 @@ def positions_of(graph: Graph) -> Positions:
 
 def shared(graph: Graph, mixer: Any, at: Positions, i: int) -> dict[str, str]:
     """Values that depend on positions alone, for all blocks of this mixer; i is the first of them."""
+    if mixer.kind == "convolution":
+        return {}
     if mixer.kind == "retention":
         return _phases(graph, mixer, mixer.head_shape[1], at) | _decays(graph, mixer, at)
     return _phases(graph, mixer, mixer.head_dim, at) | _slots(graph, mixer, at, f"keys.{i}")
@@ -239,5 +246,15 @@ def _after(graph: Graph, gates: str, tables: dict[str, str]) -> str:
     return graph.add("GatherElements", sums, back, axis=2)
 
 
-MIXERS = {RetentionConfig.kind: retention, AttentionConfig.kind: attention}
+def convolution(graph: Graph, layer: Any, h: str, i: int, tables: dict[str, str]) -> str:
+    """Short convolution of h `[B,T,D]`, from the last tokens in rows.i to those in new_rows.i."""
+    x, weight = graph.add("Transpose", h, perm=[0, 2, 1]), graph.constant(layer.weight.float().mT[:, None])
+    y, _ = graph.add(
+        "CausalConvWithState", x, weight, "", f"rows.{i}", domain="" if graph.standard else MICROSOFT,
+        names=[f"convolution.{i}", f"new_rows.{i}"],
+    )  # fmt: skip
+    return graph.add("Transpose", y, perm=[0, 2, 1])
+
+
+MIXERS = {RetentionConfig.kind: retention, AttentionConfig.kind: attention, ConvolutionConfig.kind: convolution}
 """Nodes of each kind of mixer."""

@@ -72,7 +72,7 @@ class OnnxModel:
 
     @property
     def states(self) -> dict[str, np.ndarray]:
-        """Copy of each block's memory, float32: `state.i` `[1,H,K,V]`, or the caches of attention, in use so far."""
+        """Copy of each block's memory, float32: `state.i`, `rows.i`, or the slots of attention in use so far."""
         used = {name: self.position for name, window in self._windows.items() if not window}
         return {name: value.numpy()[:, :, : used.get(name)].copy() for name, value in self._states.items()}
 
@@ -157,4 +157,4 @@ class OnnxModel:
 
 def _is_cache(name: str) -> bool:
     """True for keys, values and gates, which have slots."""
-    return not name.startswith("state.")
+    return name.startswith(("keys.", "values.", "gates."))

@@ -26,9 +26,7 @@ CARD = Path(__file__).with_name("card_mlx.md")
 
 def unfit(config: Any) -> list[str]:
     """Returns all that these classes lack for a model; empty if they have everything."""
-    attention = [m for m in config.mixers if m.kind == "attention"]
-    found = ["forget gates"] if any(m.forget_gate for m in attention) else []
-    return found + (["attention sinks"] if any(m.sinks for m in attention) else [])
+    return ["attention sinks"] if any(config.sinks) else []
 
 
 def to_mlx(source: str | Path | ModelFolder, out: Path, *, tokenizer: str | Tokenizer | None = None) -> float | None:

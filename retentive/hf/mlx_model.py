@@ -2,11 +2,13 @@
 
     model, tokenizer = mlx_lm.load("folder", trust_remote_code=True)         a folder of `retentive export --to mlx`
 
-Blocks of retention (all variants) and of attention (whole, or a window). The state of retention and its decays are
-float32, whatever the weights are: in bfloat16 a decay above 0.998 would be 1. A prompt is read in chunks by matrix
-products, not token by token. Padding on either side, as mlx-lm puts it into batches, changes nothing.
+Blocks of retention (all variants), of attention (whole, or a window; perhaps with forget gates) and of short
+convolutions. The state of retention, its decays and the forget gates are float32, whatever the weights are: in bfloat16
+a decay above 0.998 would be 1. A prompt is read in chunks by matrix products, not token by token. Padding on either
+side, as mlx-lm puts it into batches, changes nothing.
 
-Formulas: arXiv 2307.08621. Names of weights are those of transformers' classes in the same folder.
+Formulas: arXiv 2307.08621; forget gates: arXiv 2503.02130. Names of weights are those of transformers' classes in the
+same folder.
 """
 
 import math
@@ -18,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_product_attention
-from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 CHUNK = 64
 """Tokens of a chunk."""
@@ -210,7 +212,11 @@ def row_norm(log_decay: mx.array, count: mx.array) -> mx.array:
 
 
 class Attention(nn.Module):
-    """Softmax attention to all tokens, or to a window of them."""
+    """Softmax attention to all tokens, or to a window of them.
+
+    With a forget gate the score of token j falls by its log f of all tokens after j, up to the query's. The cache is
+    then a list of two: keys and values, and the log f of each token, in the same slots.
+    """
 
     def __init__(self, c: dict[str, Any]):
         super().__init__()
@@ -224,9 +230,13 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = Norm(self.K, c["norm_eps"]), Norm(self.K, c["norm_eps"])
         if c.get("output_gate"):
             self.g_proj = nn.Linear(c["dim"], width, bias=False)
+        if c["forget_gate"]:
+            self.forget_proj = nn.Linear(c["dim"], c["heads"])
 
     def __call__(self, x: mx.array, cache: Any = None) -> mx.array:
-        T, c = x.shape[1], self.c
+        T, c, gates, forgets = x.shape[1], self.c, None, "forget_proj" in self
+        if forgets and cache is not None:
+            cache, gates = cache[0], cache[1]
         q, k, v = (heads_of(p(x), self.K) for p in (self.q_proj, self.k_proj, self.v_proj))
         if "q_norm" in self:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -237,12 +247,79 @@ class Attention(nn.Module):
             q, k = rotate(q, cos, sin, c).astype(x.dtype), rotate(k, cos, sin, c).astype(x.dtype)
         if a := c.get("position_scale", 0.0):
             q = (q * (mx.log(position + a) / math.log(a))[:, None, :, None]).astype(x.dtype)
-        mask = create_attention_mask(x, cache, window_size=c["window"])
+        mask = create_attention_mask(x, cache, window_size=c["window"], return_array=forgets)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
-        o = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.K**-0.5, mask=mask)
+        if forgets:
+            o = self.fading(q, k, v, mask, *self.log_gates(x, gates))
+        else:
+            o = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.K**-0.5, mask=mask)
         o = o.swapaxes(1, 2).flatten(-2)
         return self.out_proj(mx.sigmoid(self.g_proj(x)) * o if "g_proj" in self else o)
+
+    def log_gates(self, x: mx.array, cache: Any) -> tuple[mx.array, int]:
+        """Returns log f of all keys, float32 `[B,H,S]`, and the number of the first slots that hold the newest tokens.
+
+        0: the slots are in the order of the tokens. A full window is a ring: only the last slots are older.
+        """
+        log = -mx.logaddexp(0.0, -self.forget_proj(x).astype(mx.float32)).swapaxes(1, 2)[..., None]
+        if cache is None:
+            return log[..., 0], 0
+        log, _ = cache.update_and_fetch(log, log)  # twice: mlx-lm's caches are pairs
+        return log[..., 0], cache._idx if x.shape[1] == 1 and self.c["window"] else 0
+
+    def fading(
+        self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None, log_gates: mx.array, newest: int
+    ) -> mx.array:
+        """Attends in chunks of queries, each with sums of the gates from its own last token backwards.
+
+        Near keys then have small sums, which are exact however long the text is, in half precision too.
+        """
+        outputs, T, S, window = [], q.shape[2], k.shape[2], self.c["window"]
+        for begin in range(0, T, CHUNK):
+            end = min(begin + CHUNK, T)
+            last = S - T + end
+            keys = slice(
+                max(last - (end - begin) - window + 1, 0) if window else 0, last
+            )  # those that any of them sees
+            log = mx.roll(log_gates[..., keys], -newest, -1)
+            since = mx.cumsum(log, -1, reverse=True, inclusive=False)
+            # above 0 for later keys, which the mask hides
+            bias = mx.roll(since[..., None, :] - since[..., begin - end :, None], newest, -1)
+            if mask is not None:  # a finite number, or a row of padding, which sees nothing, would be NaN
+                bias = mx.where(mask[..., begin:end, keys], bias, mx.finfo(q.dtype).min / 2)
+            part = (q[:, :, begin:end], k[:, :, keys], v[:, :, keys])
+            outputs.append(mx.fast.scaled_dot_product_attention(*part, scale=self.K**-0.5, mask=bias.astype(q.dtype)))
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, 2)
+
+
+class Convolution(nn.Module):
+    """out_t = sum_i weight[n - 1 - i] x_{t-i}, i = 0 … n - 1: each feature, over the last n tokens of a text."""
+
+    def __init__(self, c: dict[str, Any]):
+        super().__init__()
+        self.c = MappingProxyType(c)
+        self.weight = mx.zeros((c["taps"], c["dim"]))  # last: of the token itself
+
+    def __call__(self, x: mx.array, cache: Any = None) -> mx.array:
+        B, T, n = *x.shape[:2], self.c["taps"] - 1
+        valid = None if cache is None else cache.make_mask(T)
+        rows = None if cache is None else cache[0]
+        laid = mx.concatenate([mx.zeros((B, n, x.shape[2]), x.dtype) if rows is None else rows.astype(x.dtype), x], 1)
+        end = mx.full((B, 1), T)
+        if valid is not None:  # the rows move to the first token, over the padding on its left
+            real, place = mx.broadcast_to(valid, (B, T)).astype(mx.int32), mx.arange(n + T)
+            first = mx.argmax(real, 1, keepdims=True)
+            end = first + real.sum(1, keepdims=True)
+            source = mx.where(place >= n + first, place, mx.maximum(place - first, 0))
+            laid = mx.take_along_axis(laid, source[..., None], 1)
+        if cache is not None:
+            cache[0] = mx.take_along_axis(laid, (end + mx.arange(n))[..., None], 1)
+            cache.advance(T)
+        out = laid[:, n:] * self.weight[n]
+        for i in range(n):
+            out = out + laid[:, i : i + T] * self.weight[i]
+        return out
 
 
 class FeedForward(nn.Module):
@@ -261,7 +338,7 @@ class FeedForward(nn.Module):
         return self.down_proj(y * self.up_proj(x) if "up_proj" in self else y)
 
 
-MIXERS = {"retention": Retention, "attention": Attention}
+MIXERS = {"retention": Retention, "attention": Attention, "convolution": Convolution}
 
 
 class Block(nn.Module):
@@ -321,15 +398,22 @@ class Model(nn.Module):
         return self.model.blocks
 
     def make_cache(self) -> list[Any]:
-        """Returns an empty memory for each block: (state, position) of retention, keys and values of attention."""
-        found: list[Any] = []
-        for block in self.layers:
-            window = block[block.kind].c.get("window")
-            retains = block.kind == "retention"
-            found.append(ArraysCache(size=2) if retains else RotatingKVCache(window) if window else KVCache())
-        return found
+        """Returns an empty memory for each block.
+
+        (state, position) of retention, keys and values of attention, perhaps beside its gates, the last rows of a
+        convolution.
+        """
+        return [memory_of(block[block.kind].c) for block in self.layers]
 
     @property
     def quant_predicate(self) -> Any:
-        """Returns True for layers that may be quantised: all but the decays, a thousandth of the weights."""
-        return lambda path, module: not path.endswith("decay_proj")
+        """Returns True for layers that may be quantised: all but decays and gates, a thousandth of the weights."""
+        return lambda path, module: not path.endswith(("decay_proj", "forget_proj"))
+
+
+def memory_of(c: Mapping[str, Any]) -> Any:
+    """Returns the empty memory of a block with this mixer."""
+    if c["kind"] != "attention":
+        return ArraysCache(size=2 if c["kind"] == "retention" else 1)
+    slots = [RotatingKVCache(c["window"]) if c["window"] else KVCache() for _ in range(1 + c["forget_gate"])]
+    return CacheList(*slots) if c["forget_gate"] else slots[0]

@@ -3,12 +3,14 @@
     block    x + mixer(norm(x)), then x + ffn(norm(x)) where there is a feed-forward layer
     mixer    retention: a state S_t = gamma_t S_{t-1} + k_t v_t^T of constant size, read by o_t = q_t S_t
              attention: all keys and values, or the last ones (a window) and the first ones (sinks)
+             convolution: each feature mixed with the same feature of the few tokens before
 
 The file needs torch and transformers only. Where `retentive` is installed, its operator computes retention.
 Decays and angles are computed in float32 or float64 in each call. They are no buffers, which a cast would round.
 Padding is exact: positions count real tokens, and a token of padding neither fades the state nor writes to it.
 Sources: Retentive Network (arXiv 2307.08621), YOCO (arXiv 2405.05254) for decays of each token, StreamingLLM (arXiv
-2309.17453) for sinks, Forgetting Transformer (arXiv 2503.02130) for forget gates.
+2309.17453) for sinks, Forgetting Transformer (arXiv 2503.02130) for forget gates, H3 (arXiv 2212.14052) for
+convolutions.
 """
 
 import inspect
@@ -44,6 +46,8 @@ CHUNK = 64
 """Tokens that are computed in parallel in the chunkwise form."""
 ACTIVATIONS = {"swish": F.silu, "gelu": F.gelu, "sigmoid": torch.sigmoid}
 PER_TOKEN = ("gated", "sigmoid")  # decays
+LAYER_TYPES = {"retention": "linear_attention", "convolution": "conv"}
+"""Names of transformers for blocks by their kind; attention has two."""
 
 
 class RetentiveConfig(PreTrainedConfig):
@@ -70,7 +74,7 @@ class RetentiveConfig(PreTrainedConfig):
         """
         Args:
             hidden_size: model width D.
-            blocks: [{"repeat": n, "mixer": {"kind": "retention" or "attention", …}, "ffn": {…} or None}].
+            blocks: [{"repeat": n, "mixer": {"kind": one of MIXERS, …}, "ffn": {…} or None}].
             embed_scale: multiply embeddings by sqrt(D).
             embed_norm: RMSNorm after the embedding.
             final_norm: RMSNorm before the output matrix.
@@ -85,10 +89,9 @@ class RetentiveConfig(PreTrainedConfig):
         self.dropout, self.use_cache, self.initializer_range = dropout, use_cache, initializer_range
         each = [block["mixer"] for block in self.blocks for _ in range(block.get("repeat", 1))]
         self.num_hidden_layers = len(each)
-        self.num_attention_heads = each[0]["heads"] if each else 1
+        self.num_attention_heads = next((m["heads"] for m in each if "heads" in m), 1)
         self.layer_types = [
-            "linear_attention" if m["kind"] == "retention" else "sliding_attention" if m["window"] else "full_attention"
-            for m in each
+            LAYER_TYPES.get(m["kind"]) or ("sliding_attention" if m["window"] else "full_attention") for m in each
         ]
         for name in ("num_hidden_layers", "num_attention_heads", "layer_types"):
             others.pop(name, None)  # of a saved config: they follow from the blocks
@@ -194,6 +197,56 @@ class AttentionMemory:
         return sum(x.nbytes for x in self.tensors)
 
 
+class ConvolutionMemory:
+    """The last tokens that a block of convolution has read, `[B,n-1,D]`; constant in size but while it records."""
+
+    is_compileable = False
+    is_sliding = is_linear = False
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.rows: Tensor | None = None
+        self.record_past = False
+        self.before: Tensor | None = None
+        self.since: list[tuple[Tensor, Tensor]] = []
+
+    def filled(self, x: Tensor, valid: Tensor | None, rows: Tensor) -> None:
+        """Takes the last tokens after x `[B,T,D]`, and x itself while it records."""
+        if self.record_past:
+            self.since.append((x, torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid))
+        self.rows = rows
+
+    def activate_past_recording(self) -> None:
+        if not self.record_past:
+            self.record_past, self.before = True, self.rows
+
+    def crop(self, count: int) -> None:
+        """Takes back the last `count` tokens: lays those before them out once more."""
+        if count and self.rows is not None:
+            x, valid = (torch.cat(each, 1)[:, :-count] for each in zip(*self.since, strict=True))
+            before = torch.zeros_like(self.rows) if self.before is None else self.before
+            self.rows = after_padding(before, x, valid)[:, -before.shape[1] :].clone()
+        self.before, self.since = self.rows, []
+
+    def change(self, rows: Any) -> None:
+        self.rows = None if self.rows is None else rows(self.rows)
+        self.before = None if self.before is None else rows(self.before)
+        self.since = [(rows(x), rows(valid)) for x, valid in self.since]
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.rows is None else self.rows.nbytes
+
+
+def memory_of(mixer: dict[str, Any]) -> RetentionMemory | AttentionMemory | ConvolutionMemory:
+    """Returns the memory of a block before its first token."""
+    if mixer["kind"] == "attention":
+        return AttentionMemory(mixer["window"], mixer["sinks"])
+    return RetentionMemory() if mixer["kind"] == "retention" else ConvolutionMemory()
+
+
 class RetentiveCache(Cache):
     """Memories of all blocks, and the number of real tokens of each row. Beams reorder it, and it can be cropped."""
 
@@ -201,13 +254,7 @@ class RetentiveCache(Cache):
 
     def __init__(self, config: RetentiveConfig):
         self.blocks = config.each_block()
-        mixers = [block["mixer"] for block in self.blocks]
-        super().__init__(
-            layers=[
-                RetentionMemory() if m["kind"] == "retention" else AttentionMemory(m["window"], m["sinks"])
-                for m in mixers
-            ]
-        )
+        super().__init__(layers=[memory_of(block["mixer"]) for block in self.blocks])
         self.columns = 0
         """Tokens of every row so far, padding among them."""
         self.count: Tensor | None = None
@@ -562,6 +609,45 @@ def attend(
     return o.transpose(1, 2)
 
 
+class RetentiveConvolution(nn.Module):
+    """out_t = sum_i weight[n - 1 - i] x_{t-i}, i = 0 … n - 1: each feature, over the last n tokens of its text."""
+
+    def __init__(self, c: dict[str, Any]):
+        super().__init__()
+        self.before = c["taps"] - 1
+        self.weight = nn.Parameter(torch.zeros(c["taps"], c["dim"]))  # last: of the token itself
+
+    def forward(self, x: Tensor, sight: Sight, memory: ConvolutionMemory | None) -> Tensor:
+        (B, T, D), n, valid, text = x.shape, self.before, sight.valid, sight.text
+        rows = None if memory is None else memory.rows
+        laid = after_padding(x.new_zeros(B, n, D) if rows is None else rows.to(x.dtype), x, valid)
+        own = None  # text of each token
+        if text is not None:
+            own = after_padding(text.new_full((B, n, 1), -1), text[..., None], valid)
+        weight = self.weight.to(x.dtype)
+        out = laid[:, n:] * weight[-1]
+        for i in range(n):
+            other = laid[:, i : i + T]
+            other = other if own is None else other * (own[:, i : i + T] == own[:, n:])
+            out = torch.addcmul(out, other, weight[i])
+        if memory is not None:
+            last = laid[:, -n:].clone()  # a view would keep all tokens
+            memory.filled(x, valid, last if own is None else last * (own[:, -n:] == own[:, -1:]))
+        if valid is None:
+            return out
+        place = (T - valid.sum(1, keepdim=True) + valid.cumsum(1) - 1).clamp(min=0)  # that of padding is any
+        return out.gather(1, place[..., None].expand_as(out))
+
+
+def after_padding(rows: Tensor, x: Tensor, valid: Tensor | None) -> Tensor:
+    """Returns `[B,S+T,D]`: S rows and the real tokens of x one after the other; padding, if any, is before all."""
+    laid = torch.cat((rows, x), 1)
+    if valid is None:
+        return laid
+    order = F.pad(valid.long(), (rows.shape[1], 0), value=1).argsort(dim=1, stable=True)
+    return laid.gather(1, order[..., None].expand_as(laid))
+
+
 class RetentiveFeedForward(nn.Module):
     """down(act(gate(x)) * up(x)), or down(act(gate(x)))."""
 
@@ -577,7 +663,7 @@ class RetentiveFeedForward(nn.Module):
         return self.down_proj(y if self.up_proj is None else y * self.up_proj(x))
 
 
-MIXERS = {"retention": RetentiveRetention, "attention": RetentiveAttention}
+MIXERS = {"retention": RetentiveRetention, "attention": RetentiveAttention, "convolution": RetentiveConvolution}
 
 
 class RetentiveBlock(GradientCheckpointingLayer):
@@ -621,6 +707,8 @@ class RetentivePreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, RetentiveRMSNorm) and module.weight is not None:
             init.ones_(module.weight)
+        elif isinstance(module, RetentiveConvolution):
+            init.zeros_(module.weight)  # with the residual, a new block changes nothing
         elif isinstance(module, RetentiveRetention):
             for bias in (module.q_bias, module.k_bias):
                 if bias is not None:

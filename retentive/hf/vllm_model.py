@@ -51,7 +51,7 @@ def unfit(config: ModelConfig) -> str:
         if mixer.kind == Attention.kind and (mixer.forget_gate or mixer.sinks):
             return "attention without forget gate and sinks"
         if mixer.kind not in (Attention.kind, MultiScaleRetention.kind):
-            return "one mixer in each block"
+            return f"blocks without a {mixer.kind}"
     if len({mixer.head_shape for mixer in mixers if mixer.kind == MultiScaleRetention.kind}) > 1:
         return "states of one shape"
     return ""

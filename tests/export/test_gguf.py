@@ -16,7 +16,8 @@ from retentive.data.templates import TURNS
 from retentive.data.tokenizer import ByteTokenizer, train_bpe
 from retentive.export import gguf
 from retentive.export.folder import difference, export, reading
-from retentive.models import PRESETS, build, hybrid, retnet, transformer
+from retentive.models import PRESETS, build, retnet, transformer
+from tests.configs import hybrid
 from tests.export.variants import TINY, peaked_model
 
 pytest.importorskip("gguf", reason="GGUF files are written by pip install 'retentive[gguf]'")
@@ -144,6 +145,7 @@ def test_llama_cpp_chats_by_the_template(tmp_path):
         (retnet(**WIDE | FITS, decay="lm", ffn_gate=False, final_norm=False), "final_norm=True; ffn_gate=True"),
         (transformer(**WIDE), "blocks of retention"),
         (hybrid(**WIDE, attention=(1,)), "blocks that are all alike"),
+        (retnet(**WIDE, architecture="retnet-portable", convolution=4), "needs convolution=0. A model"),
     ],
 )
 def test_a_model_that_does_not_fit_is_told_everything(config, reasons, tmp_path):

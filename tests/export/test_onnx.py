@@ -45,9 +45,16 @@ def test_logits_and_states_are_the_models(changes, standard, tmp_path):
             got = graph.read(ids[begin:end])
             # float32 through a few layers; the runtime's approximations of exp and erf are of some 1e-6
             np.testing.assert_allclose(got, logits[0, -1], rtol=0, atol=2e-5 * float(logits.abs().max()))
-    for i, got in enumerate(graph.states.values()):
-        want = state.memories[i].tensor().numpy()
+    for name, got in graph.states.items():
+        want = memory_of(state, name).numpy()
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+def memory_of(state, name: str) -> torch.Tensor:
+    """Memory of retention or of a convolution as the graph has it under this name."""
+    kind, i = name.split(".")
+    memory = state.memories[int(i)]
+    return memory.tensor() if kind == "state" else memory.rows.mT
 
 
 @pytest.mark.parametrize("standard", [False, True], ids=["own", "standard"])
@@ -68,8 +75,8 @@ def test_attention_is_the_models(name, standard, tmp_path, monkeypatch):
     for name, got in graph.states.items():
         kind, i = name.split(".")
         memory, window = state.memories[int(i)], model.config.windows[int(i)]
-        if kind == "state":
-            want = memory.tensor().numpy()
+        if kind in ("state", "rows"):
+            want = memory_of(state, name).numpy()
         else:  # the tokens in view, wherever they lie
             held = np.arange(100 - (window or 100), 100)
             got, slots = got[:, :, held % got.shape[2] if window else held], getattr(memory, kind)
@@ -102,7 +109,9 @@ def test_far_positions_keep_their_phases(tmp_path):
     np.testing.assert_allclose(graph.read([5, 6, 7]), want, rtol=0, atol=2e-5 * float(want.abs().max()))
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"dim": 72, "heads": 3, "decay_bias": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": True}, {"dim": 72, "heads": 3, "decay_bias": True}, {"convolution": 4}]
+)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_integers_go_in_as_they_are(bits, changes, tmp_path):
     model = quantize(on_levels(peaked(**changes)), bits, 16 if bits == 8 else 32, dtype=torch.float32)
@@ -154,7 +163,7 @@ def test_batches(tmp_path):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["forget gate, window", "hybrid"])
+@pytest.mark.parametrize("name", ["forget gate, window", "hybrid", "hybrid, window, convolution"])
 def test_rows_of_a_batch_attend_to_their_own_texts(name, tmp_path):
     import onnxruntime
 
@@ -191,7 +200,7 @@ def test_integers_of_attention_go_in_as_they_are(bits, tmp_path, monkeypatch):
     assert np.sqrt(((got - want) ** 2).mean()) < 0.05 * want.std()
 
 
-@pytest.mark.parametrize("name", ["window", "hybrid"])
+@pytest.mark.parametrize("name", ["window", "hybrid", "hybrid, window, convolution"])
 def test_texts_go_on_from_kept_caches(name, tmp_path):
     model, greedy = peaked_model(ATTENDING[name]), SamplingParams(temperature=0)
     graph = exported(model, tmp_path)
@@ -298,7 +307,7 @@ main(sys.argv[1:])
     assert stop.value.code == 2 and "they do not belong together" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["twin", "hybrid, window"])
+@pytest.mark.parametrize("name", ["twin", "hybrid, window", "hybrid, window, convolution"])
 def test_models_that_attend_by_the_command(name, place, capsys):
     save_model("attends", peaked_model(ATTENDING[name]), ByteTokenizer())
     ask = ["--prompt", "It", "--temperature", "0", "--max-tokens", "40"]

@@ -2,9 +2,9 @@
 
 import torch
 
-from retentive.models import ModelConfig, build, hybrid, retnet, transformer
+from retentive.models import ModelConfig, build, retnet, transformer
 from retentive.ops.rotary import Scaling
-from tests.configs import changed, stacked
+from tests.configs import changed, hybrid, stacked
 
 TINY = {"vocab_size": 257, "dim": 64, "layers": 2, "heads": 2}
 VARIANTS = {
@@ -17,6 +17,7 @@ VARIANTS = {
     "decay of RWKV-7": {"decay": "sigmoid", "decay_bias": True, "rotary": "none", "gate_activation": "sigmoid"},
     "shifted": {"qk_norm": False, "qk_bias": True, "head_norm": True, "head_norm_affine": True},
     "embedded": {"embed_scale": True, "embed_norm": True, "final_norm": False},
+    "convolution": {"convolution": 4},
     "paper, slow heads": {"decay": "paper", "heads": 8, "score_norm": True, "value_dim": 128},
 }
 
@@ -34,6 +35,10 @@ ATTENDING: dict[str, ModelConfig] = {
     "hybrid": hybrid(**TINY, attention=(1,)),
     "hybrid, window": hybrid(**TINY | {"layers": 4}, attention=(0, 3), attention_window=16, attention_rotary="none"),
     "hybrid, window, forget gate": hybrid(**TINY, attention=(1,), attention_window=9, attention_forget=True),
+    "twin, convolution": transformer(**TINY, convolution=3),
+    "hybrid, window, convolution": hybrid(
+        **TINY, attention=(1,), attention_window=9, attention_forget=True, convolution=4, ffn_gate=False
+    ),
     "stacked": stacked(hybrid(**TINY | {"layers": 4}, attention=(0, 2))),
 }
 """Configs with blocks of attention."""

@@ -23,6 +23,7 @@ from tests.export.variants import ATTENDING, peaked, peaked_model
 
 MODELS = {
     "retnet": lambda: peaked(),
+    "convolution": lambda: peaked_model(ATTENDING["hybrid, window, convolution"]),
     "tied": lambda: peaked(tie_embeddings=True, qk_bias=True, decay_bias=True),
     "sigmoid decay": lambda: peaked(decay="sigmoid", decay_bias=True, rotary="none"),
     "student": lambda: peaked_model(student(ATTENDING["biases"], window=8, sinks=3)),

@@ -13,6 +13,7 @@ from tests.export.variants import ATTENDING, peaked, peaked_model
 GREEDY = {"do_sample": False, "pad_token_id": 256, "eos_token_id": 256}
 MODELS = {
     "retnet": lambda: peaked(),
+    "convolution": lambda: peaked_model(ATTENDING["hybrid, window, convolution"]),
     "hybrid": lambda: peaked_model(ATTENDING["hybrid, window"]),
     "student": lambda: peaked_model(student(ATTENDING["twin"], window=8, sinks=3)),
     "twin": lambda: peaked_model(ATTENDING["twin"]),

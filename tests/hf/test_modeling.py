@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from retentive.hf import RetentiveCache
 from retentive.hf.modeling_retentive import CACHE
@@ -77,6 +78,33 @@ def test_packed_texts_do_not_see_each_other(model, ids, by, computed, as_theirs,
     got = as_theirs(model)(packed, use_cache=False, **{by: how[by]}).logits
     want = torch.cat([model(part)[0] for part in packed.split(lengths, 1)], 1)
     same(got, want, CLOSE)
+    padded, mask = F.pad(packed, (0, 6)), torch.arange(96)[None] < 90
+    got = as_theirs(model)(padded, attention_mask=mask.long(), seq_idx=F.pad(how["seq_idx"], (0, 6), value=3)).logits
+    same(got[:, :90], want, CLOSE)
+
+
+@torch.no_grad()
+def test_padding_between_tokens_and_tokens_taken_back_among_it(model, ids, computed, as_theirs, same):
+    theirs = as_theirs(model)
+    mask = torch.rand(2, 70, generator=torch.Generator().manual_seed(2)) < 0.6
+    mask[1, :3], mask[:, 68:] = False, True
+    real = [row[keep][None] for row, keep in zip(ids[:, :70], mask, strict=True)]
+    want = [model(row)[0][0] for row in real]
+
+    def parts(end, begin, **how):
+        out = theirs(ids[:, begin:end], attention_mask=mask[:, :end].long(), **how)
+        for n in range(2):
+            before, more = (int(x.sum()) for x in (mask[n, :begin], mask[n, begin:end]))
+            same(out.logits[n][mask[n, begin:end]], want[n][before : before + more], CLOSE)
+        return getattr(out, CACHE)
+
+    parts(70, 0, use_cache=False)
+    cache = parts(21, 0)
+    cache.activate_past_recording()
+    parts(32, 21, **{CACHE: cache})
+    parts(44, 32, **{CACHE: cache})
+    cache.crop(30)
+    parts(70, 30, **{CACHE: cache})
 
 
 @torch.no_grad()
@@ -99,8 +127,11 @@ def test_tokens_are_taken_back(model, ids, computed, as_theirs, same):
 
 
 @torch.no_grad()
-def test_memory_of_windows_and_retention_stays_constant(as_theirs):
-    model = peaked_model(student(ATTENDING["twin"], window=8, sinks=3))
+@pytest.mark.parametrize(
+    "config", [student(ATTENDING["twin"], window=8, sinks=3), ATTENDING["hybrid, window, convolution"]]
+)
+def test_memory_of_all_but_whole_attention_stays_constant(config, as_theirs):
+    model = peaked_model(config)
     theirs, cache, sizes = as_theirs(model), None, []
     for _ in range(200):
         cache = getattr(theirs(torch.tensor([[5]]), **{CACHE: cache}), CACHE)
@@ -108,8 +139,9 @@ def test_memory_of_windows_and_retention_stays_constant(as_theirs):
     assert max(sizes[:100]) == max(sizes)
 
 
-def test_gradients_are_ours_with_and_without_checkpointing(ids, computed, as_theirs, same):
-    model = peaked()
+@pytest.mark.parametrize("changes", [{}, {"convolution": 4}])
+def test_gradients_are_ours_with_and_without_checkpointing(changes, ids, computed, as_theirs, same):
+    model = peaked(**changes)
     theirs = as_theirs(model).train()
     logits, _ = model(ids)
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()

