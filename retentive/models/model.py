@@ -18,7 +18,7 @@ from retentive.layers import Attention, Convolution, FeedForward, MultiScaleRete
 from retentive.layers.positions import can_be_checked
 from retentive.layers.quantized import Quantized
 from retentive.models.config import BlockConfig, ModelConfig
-from retentive.models.memory import MEMORIES, Memory
+from retentive.models.memory import MEMORIES, ConvolutionMemory, Memory
 from retentive.models.state import State
 
 LAYERS: dict[str, type[nn.Module]] = {layer.kind: layer for layer in (MultiScaleRetention, Attention, Convolution)}
@@ -218,6 +218,10 @@ class LanguageModel(nn.Module):
                 f"the state has attention sinks {sorted(set(state.sinks))}, this model has "
                 f"{sorted(set(self.config.sinks))}: another model's state?"
             )
+        for memory, mixer in zip(state.memories, self.config.mixers, strict=True):
+            if isinstance(memory, ConvolutionMemory) and memory.reach != mixer.taps - 1:
+                had = memory.reach + 1
+                raise ValueError(f"the state is of {had} taps, this model has {mixer.taps}: another model's state?")
         if state.windows != self.config.windows:
             raise ValueError(
                 f"the state has attention windows {sorted(set(state.windows))}, this model has "

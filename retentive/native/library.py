@@ -30,9 +30,11 @@ class Layer(ctypes.Structure):
     """struct Layer of c/model.h."""
 
     _fields_ = [
-        *struct("kind H kv K V F gate gate_activation gated normed_heads joint activation ffn_gate window sinks", ""),
+        *struct(
+            "kind H kv K V F gate gate_activation gated normed_heads joint activation ffn_gate window sinks taps", ""
+        ),
         *struct("", "turn log_decay mixer_norm ffn_norm", real="eps decay_scale"),
-        *struct("", "q_norm k_norm q_bias k_bias decay_bias in_bias head_norm far_turn"),
+        *struct("", "q_norm k_norm q_bias k_bias decay_bias in_bias head_norm convolution far_turn"),
         *((name, Matrix) for name in ("in_", "out", "up", "down")),
     ]
 

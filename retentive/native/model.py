@@ -233,7 +233,9 @@ def _borders(ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int | Tens
 def _check_memory(mixer: Any, memory: Any, N: int, dtype: torch.dtype) -> None:
     """Raise ValueError for a memory past whose end the library would read or write."""
     parts: dict[str, tuple[Any, torch.dtype, tuple[int, ...]]]
-    if memory.kind == "retention":
+    if memory.kind == "convolution":
+        parts = {"rows": (memory.rows, torch.float32, (N, max(memory.rows.shape[1], mixer.reach), mixer.config.dim))}
+    elif memory.kind == "retention":
         inner = memory.value.state if isinstance(memory.value, Ring) else memory.value
         parts = {"state": (inner, torch.float32, (N, mixer.H, mixer.K, mixer.V))}
     else:
@@ -251,19 +253,19 @@ def _check_memory(mixer: Any, memory: Any, N: int, dtype: torch.dtype) -> None:
 
 
 def _plain(memory: Memory) -> Memory:
-    """Copy of a state without a ring; a cache itself."""
-    if memory.kind == "attention":
+    """Copy of a state without a ring; itself if it is a cache, or of a convolution."""
+    if memory.kind != "retention":
         return memory
     value = memory.value
     return RetentionMemory((value.to_state() if isinstance(value, Ring) else value.clone()).contiguous())
 
 
 def _with_room(memory: Memory, slots: int) -> Memory:
-    """Contiguous cache with room for `slots` tokens, itself if it already is one; a state itself."""
+    """Contiguous memory with room for `slots` tokens, itself if it already is one; a state itself."""
     if memory.kind == "retention":
         return memory
     memory = memory.reserve(slots)
-    return memory if all(x.is_contiguous() for x in memory.layer) else memory.map(Tensor.contiguous)
+    return memory if all(x.is_contiguous() for x in memory.tensors()) else memory.map(Tensor.contiguous)
 
 
 class Places:
@@ -285,6 +287,8 @@ class Places:
             tensors = memory.tensors()
             slots = tensors[1].shape[2] if len(tensors) > 1 else 0
             return lib.Memory(*(x.data_ptr() for x in tensors), slots=slots)
+        if memory.kind == "convolution":
+            return lib.Memory(state=memory.rows.data_ptr(), slots=memory.rows.shape[1])
         if not memory.window or memory.slots < memory.window:
             self.room = min(self.room, memory.slots)
         gates = None if memory.gates is None else memory.gates.data_ptr()
@@ -297,5 +301,7 @@ class Places:
 
 
 def _holder(memory: Memory) -> Any:
-    """The ring, or the tensor of keys: the same object as long as the addresses stay the same."""
-    return memory.value if memory.kind == "retention" else memory.keys
+    """The ring, or the tensor of keys or rows: the same object as long as the addresses stay the same."""
+    if memory.kind == "retention":
+        return memory.value
+    return memory.keys if memory.kind == "attention" else memory.rows

@@ -28,7 +28,7 @@ POSIX: dict[str, int] = {} if sys.platform == "win32" else {"flags": mmap.MAP_PR
 """Private memory; by default Python's mmap shares it, and then pages stay small."""
 ACTIVATIONS = ("swish", "gelu", "sigmoid")
 """Activations, numbered as in c/model.h."""
-MIXERS = ("retention", "attention")
+MIXERS = ("retention", "attention", "convolution")
 """Kinds of layers, numbered as in c/model.h."""
 GATED = ("", "gated", "sigmoid")
 """Decays per token, numbered as `gated` in c/model.h."""
@@ -113,6 +113,16 @@ def _versions(parameters: list[Any]) -> list[int]:
         return [0 if x.is_inference() else x._version for x in parameters]
 
 
+def _turn_of(mixer: Any) -> tuple[Any, ...] | None:
+    """What a layer's turn depends on; None for a convolution, which has none."""
+    c = mixer.config
+    if c.kind == "convolution":
+        return None
+    decays = tuple(c.log_decay()) if c.kind == "retention" and c.score_norm else ()
+    longer = 0.0 if c.kind == "retention" else c.position_scale
+    return mixer.K, mixer.H, c.rotary, c.rotary_base, c.rotary_scaling, decays, longer
+
+
 class Packed:
     """A model for the library (`struct Model`), with all memory that the struct points to."""
 
@@ -137,14 +147,9 @@ class Packed:
         self.head.refresh()
 
     def _turns(self, mixers: Sequence[Any]) -> tuple[Any, list[int]]:
-        """The different turns, and the address of each layer's."""
-        keys = []
-        for mixer in mixers:
-            c = mixer.config
-            decays = tuple(c.log_decay()) if c.kind == "retention" and c.score_norm else ()
-            longer = 0.0 if c.kind == "retention" else c.position_scale
-            keys.append((mixer.K, mixer.H, c.rotary, c.rotary_base, c.rotary_scaling, decays, longer))
-        unique, at = list(dict.fromkeys(keys)), 0
+        """The different turns, and the address of each layer's; 0 for a convolution, which has none."""
+        keys = list(map(_turn_of, mixers))
+        unique, at = [key for key in dict.fromkeys(keys) if key], 0
         turns = (Turn * len(unique))()
         for turn, (K, H, rotary, base, scaling, decays, longer) in zip(turns, unique, strict=True):
             turning = frequencies(K, rotary, base=base, scaling=scaling).tolist() if rotary != "none" else []
@@ -152,21 +157,25 @@ class Packed:
             turn.position_scale = longer
             turn.frequency, turn.log_decay, at = self._doubles(turning), self._doubles(decays), at + K + H
         size = ctypes.sizeof(Turn)
-        return turns, [ctypes.addressof(turns) + unique.index(key) * size for key in keys]
+        return turns, [ctypes.addressof(turns) + unique.index(key) * size if key else 0 for key in keys]
 
     def _layer(self, block: Any, config: Any, turn: int) -> Layer:
         mixer, c = block.mixer, block.mixer.config
-        own = self._retention if c.kind == "retention" else self._attention
+        kinds = {"retention": self._retention, "attention": self._attention, "convolution": self._convolution}
         return Layer(
-            kind=MIXERS.index(c.kind), H=mixer.H, kv=mixer.kv_heads, K=mixer.K, eps=c.norm_eps, turn=turn,
-            mixer_norm=self._vector(block.mixer_norm),
+            kind=MIXERS.index(c.kind), turn=turn, mixer_norm=self._vector(block.mixer_norm),
+            **kinds[c.kind](mixer, c), **(self._feed_forward(block, config.ffn) if config.ffn else {}),
+        )  # fmt: skip
+
+    def _of_heads(self, mixer: Any, c: Any) -> dict[str, Any]:
+        return dict(
+            H=mixer.H, kv=mixer.kv_heads, K=mixer.K, eps=c.norm_eps,
             q_norm=self._vector(mixer.q_norm), k_norm=self._vector(mixer.k_norm), out=self._matrix([mixer.out_proj]),
-            **own(mixer, c), **(self._feed_forward(block, config.ffn) if config.ffn else {}),
         )  # fmt: skip
 
     def _retention(self, mixer: Any, c: Any) -> dict[str, Any]:
         fixed, decay = [] if c.per_token else c.log_decay(), mixer.decay_proj
-        return dict(
+        return self._of_heads(mixer, c) | dict(
             V=mixer.V, gate=c.gate, gate_activation=ACTIVATIONS.index(c.gate_activation),
             gated=GATED.index(c.decay) if c.per_token else 0,
             normed_heads=c.head_norm, joint=c.head_norm_joint, head_norm=self._vector(mixer.head_norm),
@@ -178,13 +187,16 @@ class Packed:
         )  # fmt: skip
 
     def _attention(self, mixer: Any, c: Any) -> dict[str, Any]:
-        return dict(
+        return self._of_heads(mixer, c) | dict(
             V=mixer.K, gate=c.output_gate, gate_activation=ACTIVATIONS.index("sigmoid"), gated=c.forget_gate,
             decay_scale=1.0, window=c.window or 0, sinks=c.sinks,
             decay_bias=self._vector(mixer.forget_proj, "bias"), far_turn=self._far_turn(c) if c.moving_sinks else None,
             in_bias=self._biases([mixer.q_proj, mixer.k_proj, mixer.v_proj]) if c.qkv_bias else None,
             in_=self._matrix([mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.g_proj, mixer.forget_proj]),
         )  # fmt: skip
+
+    def _convolution(self, mixer: Any, c: Any) -> dict[str, Any]:
+        return dict(taps=c.taps, convolution=self._vector(mixer))
 
     def _far_turn(self, c: Any) -> int:
         """Address of cos and sin at the position from which moving sinks are seen in a long text."""
@@ -231,7 +243,8 @@ class Packed:
         """Address of a module's parameter as float32; None if there is none."""
         if module is None or module._parameters.get(name) is None:
             return None
-        x = self._floats(len(module._parameters[name]))
+        parameter = module._parameters[name]
+        x = self._floats(parameter.numel()).view(parameter.shape)
         self._watch(x, module, name)
         return x.data_ptr()
 

@@ -79,11 +79,11 @@ SAID = {
 
 
 @functools.cache
-def taught(seed: int = 0):
+def taught(seed: int = 0, convolution: int = 0):
     """A model that has learnt a few lines by heart: its choices are sure, those of a random one are all but ties."""
     tokenizer = train_bpe([WORDS * 20, *SAID, *SAID.values()], 400)
     torch.manual_seed(seed)
-    model = build(retnet(vocab_size=tokenizer.vocab_size, dim=64, layers=2, heads=2))
+    model = build(retnet(vocab_size=tokenizer.vocab_size, dim=64, layers=2, heads=2, convolution=convolution))
     turns = load_template(Path("none"), tokenizer, default=TURNS)
     chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in SAID.items()]
     rows = [ids * 8 for ids, _ in turns.taught(chats)] + [tokenizer.encode(WORDS * 8)] * 2
@@ -100,8 +100,8 @@ def taught(seed: int = 0):
     return model.eval(), tokenizer
 
 
-def exported(folder, *, weights="int8", template=TURNS, seed=0, endless=False):
-    model, tokenizer = taught(seed)
+def exported(folder, *, weights="int8", template=TURNS, seed=0, endless=False, convolution=0):
+    model, tokenizer = taught(seed, convolution)
     if endless:
         model = copy.deepcopy(model)
         model.head.weight.data[tokenizer.eos_id] = model.head.weight.data.mean(0)  # a mean is never the largest
@@ -149,9 +149,9 @@ THREADS = "import('./engine.js').then((engine) => engine.choose().threads)"
 
 
 @pytest.mark.parametrize("handler", [Quiet, Isolating], ids=["alone", "threads"])
-@pytest.mark.parametrize("weights", ["stored", "int8", "int4"])
-def test_a_text_is_written_on_as_natively(weights, handler, tmp_path, serve_files, visit):
-    folder = exported(tmp_path / "base", weights=weights, template=None)
+@pytest.mark.parametrize("weights, convolution", [("stored", 0), ("int8", 0), ("int4", 0), ("int8", 4)])
+def test_a_text_is_written_on_as_natively(weights, convolution, handler, tmp_path, serve_files, visit):
+    folder = exported(tmp_path / "base", weights=weights, template=None, convolution=convolution)
     here = visit(serve_files(folder, handler), model="tiny")
     assert (here.page.evaluate(THREADS) > 0) == (handler is Isolating)
     expect(here.page.get_by_label("Continue text")).to_be_checked()

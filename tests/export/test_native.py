@@ -72,7 +72,7 @@ def test_the_folder_is_built_and_writes_what_the_model_writes(place, capsys):
 
 @needs_compiler
 @needs_cmake
-@pytest.mark.parametrize("kind", ["twin", "hybrid, window"])
+@pytest.mark.parametrize("kind", ["twin", "hybrid, window", "hybrid, window, convolution"])
 def test_every_kind_of_block_is_exported_and_written_with(kind, place, capsys):
     """Through a state in a file, which the program goes on from."""
     model = peaked_model(ATTENDING[kind])

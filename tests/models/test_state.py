@@ -246,6 +246,12 @@ def test_with_a_window_it_stays_as_large_as_the_window(kind, make):
         assert cache_of(pool).slots == window_of(model) + 2
 
 
+def test_a_state_of_other_taps_is_refused(make, refuses):
+    state = make(retnet(**SMALL, convolution=4)).init_state(1)
+    with refuses("the state is of 4 taps, this model has 3"):
+        make(retnet(**SMALL, convolution=3))(ids_of(1, 2), state)
+
+
 @windows
 @torch.no_grad()
 def test_rings_of_different_sizes_are_joined_and_parted(kind, make, goes_on):

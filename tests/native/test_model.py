@@ -4,6 +4,7 @@ import copy
 import os
 import signal
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,14 +14,14 @@ from retentive.checkpoint.quantize import quantize
 from retentive.infer import SamplingParams
 from retentive.infer.engine import Engine
 from retentive.infer.generate import generate
-from retentive.models import ARCHITECTURES, ModelConfig, State, build, hybrid, retnet, transformer
+from retentive.models import ARCHITECTURES, ModelConfig, State, build, retnet, transformer
 from retentive.native import NativeModel, refused, with_engine
 from retentive.native.library import library
 from retentive.native.threads import Pace
 from retentive.ops.compiler import NotBuilt
 from retentive.ops.rotary import Scaling
 from tests.configs import changed as config_with
-from tests.configs import on_levels, stacked
+from tests.configs import hybrid, on_levels, stacked
 
 pytestmark = pytest.mark.skipif(isinstance(library(), NotBuilt), reason=str(library()))
 
@@ -36,6 +37,7 @@ RETNETS = {
     "joint-norm": dict(head_norm=True, head_norm_affine=True, head_norm_joint=True, gate_activation="sigmoid"),
     "odd-widths": dict(ffn_dim=50, heads=6, value_dim=54),
     "own-decays": dict(decay=(-0.3, 0.0), tie_embeddings=True, embed_norm=True, embed_scale=True, rotary="half"),
+    "retnet-convolution": dict(convolution=3),
 }
 TRANSFORMERS = {
     "transformer": {},
@@ -52,10 +54,14 @@ TRANSFORMERS = {
     "output-gate": dict(output_gate=True, heads=4, kv_heads=2, qk_norm=True, rotary="none"),
     "position-scale": dict(position_scale=9.0, attention_window=7, attention_sinks=2, output_gate=True),
     "many-sinks": dict(attention_window=140, attention_sinks=135, heads=4, kv_heads=2),
+    "transformer-convolution": dict(convolution=2, attention_window=9, dim=40),
 }
 HYBRIDS = {
     "hybrid": dict(layers=4, attention_every=2),
     "hybrid-window-gate": dict(layers=4, attention_every=2, attention_window=9, attention_forget=True),
+    "hybrid-window-convolution": dict(
+        layers=4, attention_every=2, attention_window=9, attention_forget=True, convolution=4
+    ),
     "hybrid-window": dict(
         layers=3, attention=(0,), attention_window=9, attention_sinks=1, decay="lm", score_norm=True, value_dim=32
     ),
@@ -63,6 +69,11 @@ HYBRIDS = {
 FAMILIES = ((retnet, RETNETS), (transformer, TRANSFORMERS), (hybrid, HYBRIDS))
 CONFIGS = {name: make(**SMALL | fields) for make, models in FAMILIES for name, fields in models.items()}
 CONFIGS["stacked"] = stacked(CONFIGS["hybrid-window"])
+convolution, retention, wide, _, attention = CONFIGS["hybrid-window-convolution"].blocks[:5]
+CONFIGS["convolutions-anywhere"] = replace(
+    CONFIGS["hybrid-window-convolution"],
+    blocks=(convolution, wide, replace(retention, ffn=wide.ffn), attention, convolution),
+)
 CONFIGS["slower-angles"] = config_with(transformer(**SMALL, kv_heads=1), rotary_scaling=Scaling(8.0, 1.0, 4.0, 16))
 CONFIGS["slower-angles-in-pairs"] = config_with(transformer(**SMALL, rotary="interleaved"), rotary_scaling=Scaling(4.0))
 for name in ("sinks", "many-sinks"):
@@ -90,7 +101,7 @@ def one():
     return mattering(CONFIGS["retnet"])
 
 
-@pytest.fixture(params=["retnet", "transformer", "hybrid-window"])
+@pytest.fixture(params=["retnet", "transformer", "hybrid-window", "hybrid-window-convolution"])
 def each(request):
     """A model of each family."""
     return mattering(CONFIGS[request.param])
@@ -342,6 +353,35 @@ def test_rings_of_fewer_sequences_are_refused(one, refuses):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("most", [2, 9])
+def test_tokens_are_taken_back_from_the_rows_of_a_convolution(most, same):
+    """As speculation does: a few tokens at once, some of them taken back, and on from there."""
+    model, ids = mattering(CONFIGS["hybrid-window-convolution"]), torch.randint(VOCAB, (2, TOKENS))
+    native, at, got = NativeModel(model), 0, []
+    state = model.init_state(2).for_decoding(torch.float32, rollback=most).reserve(TOKENS)
+    while at < TOKENS:
+        part = ids[:, at : at + most + 1]
+        logits, state = native(part, state)
+        kept = max(1, part.shape[1] - 1 - at % most)
+        state.rollback(part.shape[1] - kept)
+        got.append(logits[:, :kept])
+        at += kept
+    want, theirs = model(ids)
+    same(torch.cat(got, 1), want, 1e-4)
+    same(named(state), named(theirs), 1e-5)
+
+
+@torch.no_grad()
+def test_rows_of_other_taps_are_refused(refuses):
+    native, ids = NativeModel(mattering(CONFIGS["retnet-convolution"])), torch.tensor([[1, 2]])
+    other = build(retnet(**SMALL, convolution=4)).init_state(1)
+    with refuses("the state is of 4 taps, this model has 3: another model's state?"):
+        native(ids, other)
+    with refuses("rows must be float32 [2, 2, 48], got torch.float32 [1, 2, 48]"):
+        native(ids.expand(2, 2), State(native.init_state(1).memories, torch.zeros(2, dtype=torch.int64)))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("group", [48, 96, 240])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_groups_of_any_size_in_prompts(bits, group, threads):
@@ -401,12 +441,15 @@ CHANGES = {
     "one-vector": lambda model: model.blocks[-1].ffn_norm.weight.add_(1),
     "the-head": lambda model: model.head.weight.mul_(2),
     "a-bias": lambda model: [p.add_(1) for name, p in model.named_parameters() if name.endswith("bias")],
+    "the-taps": lambda model: [
+        p.add_(1) for name, p in model.named_parameters() if name.endswith("convolution.weight")
+    ],
 }
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", ["own-decays", "biases", "forget-gate", "hybrid"])
+@pytest.mark.parametrize("name", ["own-decays", "biases", "forget-gate", "hybrid", "hybrid-window-convolution"])
 def test_it_computes_with_the_weights_as_they_are_now(name, change, same):
     """Weights changed through either model are packed again."""
     model, ids = mattering(CONFIGS[name]), torch.randint(VOCAB, (2, 9))
@@ -456,7 +499,7 @@ def test_it_is_not_converted(one, refuses):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["own-decays", "transformer", "hybrid"])
+@pytest.mark.parametrize("name", ["own-decays", "transformer", "hybrid", "hybrid-window-convolution"])
 def test_rows_in_place_of_ids(name, same, refuses):
     """Rows, as of pictures and sound, are scaled and normalised like the embeddings of ids."""
     model = mattering(CONFIGS[name])

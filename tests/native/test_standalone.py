@@ -17,12 +17,12 @@ from retentive.checkpoint.quantize import quantize
 from retentive.data.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
 from retentive.files import load_tensors
 from retentive.infer.memory import ABOUT, blank, load_memory, save, tensors
-from retentive.models import ARCHITECTURES, build, hybrid, load_state, retnet, transformer
+from retentive.models import ARCHITECTURES, build, load_state, retnet, transformer
 from retentive.native.library import FOLDER, OPS
 from retentive.ops.compiler import FLAGS, LINK
 from retentive.ops.rotary import Scaling
 from tests.configs import changed as config_with
-from tests.configs import on_levels, stacked
+from tests.configs import hybrid, on_levels, stacked
 
 HERE = Path(__file__).parent
 ZIG = [sys.executable, "-m", "ziglang", "cc"]
@@ -56,6 +56,7 @@ RETNETS = {
     "sigmoid-decay": dict(decay="sigmoid", decay_bias=True, rotary="none", gate_activation="sigmoid"),
     "plain": dict(gate=False, ffn_gate=False, activation="gelu", final_norm=False, decay="lm", qk_norm=False),
     "own-decays": dict(decay=(-0.3, 0.0), embed_norm=True, embed_scale=True, rotary="none", gate_activation="sigmoid"),
+    "convolution": dict(convolution=3),
 }
 TRANSFORMERS = {
     "transformer": {},
@@ -68,10 +69,14 @@ TRANSFORMERS = {
     "window-gate": dict(attention_window=20, forget_gate=True),
     "sinks": dict(attention_window=6, attention_sinks=3),
     "output-gate": dict(output_gate=True, position_scale=9.0, heads=6, kv_heads=3, head_dim=10),
+    "convolution-bfloat16": dict(convolution=2, attention_window=9),
 }
 HYBRIDS = {
     "hybrid": dict(attention=(0,), decay="lm", score_norm=True),
     "hybrid-int8": dict(layers=4, attention_every=2, attention_window=40),
+    "hybrid-convolution-int4": dict(
+        layers=4, attention_every=2, attention_window=9, attention_forget=True, convolution=4
+    ),
 }
 MODELS = {
     name: make(**SMALL | fields)
@@ -279,6 +284,30 @@ def test_damaged_folders_are_refused(damage, programs, tmp_path):
     assert done.returncode == 2 and done.stdout.startswith("error ") and words in done.stdout
 
 
+TAPS = "blocks.0.convolution.weight"
+BAD_TAPS = {
+    "too-many": (dict(mixer={"taps": 65}), "config.json describes no model"),
+    "none": (dict(mixer={"taps": 1}), "config.json describes no model"),
+    "half": (dict(mixer={"taps": 2.5}), "config.json: taps is no whole number"),
+    "missing": (dict(mixer={"taps": None}), "config.json has no such number as taps"),
+    "another-width": (dict(mixer={"dim": 64}), "config.json describes no model"),
+    "others": (dict(mixer={"taps": 4}), f"model.safetensors does not fit config.json: {TAPS}"),
+    "turned": (dict(changes={TAPS: torch.ones(48, 3)}), f"model.safetensors does not fit config.json: {TAPS}"),
+    "integers": (dict(changes={TAPS: torch.ones(3, 48, dtype=torch.int8)}), f"{TAPS} is I8: expected floats"),
+    "no-weight": (dict(changes={TAPS: None}), f"model.safetensors has no {TAPS}"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_TAPS)
+def test_damaged_convolutions_are_refused(bad, programs, tmp_path):
+    folder_of("convolution", tmp_path, ByteTokenizer())
+    change, words = BAD_TAPS[bad]
+    changed(tmp_path, **change)
+    command = [*programs("native"), str(tmp_path), "state", "", "1", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout.startswith("error ") and words in done.stdout
+
+
 def test_matrices_of_two_dtypes_are_refused(programs, tmp_path):
     folder_of("float32", tmp_path, ByteTokenizer())
     name = "blocks.0.retention.q_proj.weight"
@@ -301,7 +330,9 @@ def test_a_memory_is_not_replaced_by_a_bare_state(programs, tmp_path):
     assert memory.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["float32", "transformer-bfloat16", "window-gate", "sinks", "hybrid"])
+@pytest.mark.parametrize(
+    "name", ["float32", "transformer-bfloat16", "window-gate", "sinks", "hybrid", "hybrid-convolution-int4"]
+)
 @pytest.mark.parametrize("length", [9, 30])
 def test_memories_are_exchanged_with_python_and_damage_is_found(name, length, programs, tmp_path):
     """The digest equals hashlib's: each accepts the other's memories, and both refuse changed ones."""
@@ -335,6 +366,7 @@ def test_a_state_of_another_model_is_refused(programs, tmp_path):
         "sinks": transformer(**SMALL, attention_window=7, attention_sinks=2),
         "gates": transformer(**SMALL, attention_window=9, forget_gate=True),
         "retention": MODELS["int4"],
+        "convolutions": transformer(**SMALL, convolution=4),
     }
     for name, config in others.items():
         build(config)(torch.tensor([[1, 2]]))[1].save(tmp_path / name)

@@ -7,8 +7,9 @@
 #include "token.h"
 #include <stdatomic.h>
 
-typedef struct { /* what a layer remembers of N sequences: a ring or a plain state of retention, or a cache of attention */
-    float *state;   /* [N][H][K][V]; a plain state is this alone */
+typedef struct { /* what a layer remembers of N sequences: a ring or a plain state of retention, a cache of attention, or
+                    the last tokens of a convolution */
+    float *state;   /* [N][H][K][V]; a plain state is this alone; of a convolution [N][slots][D], the newest last */
     void *k, *v;    /* of a ring [N][H][slots][K] and [V], of a cache [N][slots][kv][K] each */
     float *decay;   /* of a ring [N][H][slots]; of a cache log forget gates [N][slots][H], or NULL */
     i64 *written, *folded;
@@ -36,6 +37,7 @@ typedef struct {
     i64 *sequence, *begin;     /* [n] of each token; [N + 1] in this block */
     float *x, *added;          /* [n][D], [n][D, whole panels] */
     float *y, *z, *turn;       /* [n][ld]; [n][H V]; [n][turn_ld] */
+    float *other, *scale;      /* [n][D], what x is after a convolution, [n] of the norm; of models that have some */
     void *q, *k, *v, *o;       /* [n][H][K], [n][H][V] in `dtype`; o of attention: queries for moving sinks */
     float *log_decay;          /* [n][H] */
     float *partial;            /* attention's partial results: attend.h */
@@ -49,6 +51,7 @@ typedef struct {
     i64 thread, first_row;
     float *space;
     uint8_t *expanded;
+    float *x, *other; /* the Block's, or the other way round: every convolution swaps them */
 } Self; /* a thread; where its rows of inputs begin */
 
 static void share(i64 all, i64 thread, i64 threads, i64 *first, i64 *last) {
@@ -59,6 +62,21 @@ static void share(i64 all, i64 thread, i64 threads, i64 *first, i64 *last) {
 static void share_rows(i64 rows, i64 thread, i64 threads, i64 *first, i64 *last) {
     share((rows + AT_ONCE - 1) / AT_ONCE, thread, threads, first, last);
     *first *= AT_ONCE, *last = smaller(*last * AT_ONCE, rows);
+}
+
+static i64 tokens_in(const Block *b, i64 s) { return b->begin[s + 1] - b->begin[s]; }
+
+/* ---- what is prepared: of few tokens by every thread for itself, of more by each its share ---- */
+
+static int each_alone(const Block *b) { return b->n <= AT_ONCE; }
+
+static void tokens_of(const Block *b, const Self *me, i64 *first, i64 *last) {
+    if (each_alone(b)) *first = 0, *last = b->n;
+    else share_rows(b->n, me->thread, b->threads, first, last);
+}
+
+static void prepared(const Block *b) {
+    if (!each_alone(b)) meet(b->c->pool);
 }
 
 /* What this thread will read first of w: memory has something to do while threads meet. */

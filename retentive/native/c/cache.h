@@ -25,8 +25,6 @@ typedef struct { /* keys and values of positions one after the other, `stride` b
 
 enum { MOST_RUNS = 8 };
 
-static i64 tokens_in(const Block *b, i64 s) { return b->begin[s + 1] - b->begin[s]; }
-
 static Sight sight_of(const Block *b, const Layer *layer, i64 s, i64 first, i64 last) {
     const Reading *c = b->c;
     i64 token = b->begin[s], start = c->position[s] + b->first + token - c->begin[s];

@@ -5,7 +5,7 @@
 #include "pages.h"
 #include "tensors.h"
 
-enum { MOST_LAYERS = 10000, MOST_NUMBER = 1 << 28 };
+enum { MOST_LAYERS = 10000, MOST_NUMBER = 1 << 28, MOST_TAPS = 64 };
 
 typedef struct {
     Model model;
@@ -180,7 +180,7 @@ static void attention_of(Folder *f, const Json *mixer, const char *window, const
     if (!f->bad && layer->sinks && number_or(f, mixer, "moving_sinks", 0)) layer->far_turn = far_turn_of(f, layer);
 }
 
-/* A layer of `kind`; where fields of the whole model are also the mixer's, as version 0.1.0 wrote them, `flat`. */
+/* A layer with heads, of `kind`; where fields of the whole model are also the mixer's, as version 0.1.0 wrote them, `flat`. */
 static Layer layer_as(Folder *f, const Json *mixer, i64 kind, int flat, int hybrid) {
     Layer layer = {kind};
     layer.H = whole_number_of(f, mixer, "heads"), layer.eps = number_of(f, mixer, "norm_eps");
@@ -190,6 +190,13 @@ static Layer layer_as(Folder *f, const Json *mixer, i64 kind, int flat, int hybr
     if (kind == RETENTION) retention_of(f, mixer, &layer);
     else attention_of(f, mixer, flat ? "attention_window" : "window", hybrid ? "attention_rotary" : "rotary", &layer);
     expect(f, layer.K >= 2 && layer.K % 2 == 0 && layer.V > 0);
+    return layer;
+}
+
+static Layer convolution_of(Folder *f, const Json *mixer) {
+    Layer layer = {CONVOLUTION};
+    layer.taps = whole_number_of(f, mixer, "taps");
+    expect(f, whole_number_of(f, mixer, "dim") == f->model.D && layer.taps >= 2 && layer.taps <= MOST_TAPS);
     return layer;
 }
 
@@ -209,14 +216,15 @@ static void room_for_layers(Folder *f, double layers, i64 different) {
 
 /* A list of blocks; equal neighbours are written once, with the number of them. */
 static void blocks_of(Folder *f, const Json *blocks) {
-    static const char *const kinds[] = {"retention", "attention", NULL};
+    static const char *const kinds[] = {"retention", "attention", "convolution", NULL};
     double layers = 0;
     i64 different = 0, at = 0;
     for (const Json *b = blocks->child; b; b = b->next, different++) layers += number_or(f, b, "repeat", 1);
     if (!f->bad) room_for_layers(f, layers, different);
     for (const Json *b = blocks->child; b && !f->bad; b = b->next) {
         const Json *mixer = item(b, "mixer");
-        Layer layer = layer_as(f, mixer, choice_of(f, mixer, "kind", kinds), 0, 0);
+        i64 kind = choice_of(f, mixer, "kind", kinds);
+        Layer layer = kind == CONVOLUTION ? convolution_of(f, mixer) : layer_as(f, mixer, kind, 0, 0);
         const Json *ffn = item(b, "ffn");
         if (!ffn || ffn->type != NOTHING) feed_forward_of(f, ffn, "width", "gate", &layer);
         for (double n = number_or(f, b, "repeat", 1); n > 0 && !f->bad && at < f->model.layers; n--) f->layers[at++] = layer;

@@ -3,9 +3,11 @@
 #pragma once
 #include "config.h"
 
-/* a vector as floats; NULL where the file has none, which is an error if it is `needed` */
-static const float *vector_of(Folder *f, i64 count, int needed, const char *name) {
-    const char *dtype = NULL, *data = tensor(&f->tensors, name, count, 0, &dtype, &f->bad, f->error);
+/* A tensor [rows][columns], or [rows] where columns are 0, as floats; NULL where the file has none, which is an error if it
+   is `needed`. */
+static const float *floats_of(Folder *f, i64 rows, i64 columns, int needed, const char *name) {
+    const char *dtype = NULL, *data = tensor(&f->tensors, name, rows, columns, &dtype, &f->bad, f->error);
+    i64 count = columns ? rows * columns : rows;
     i64 type = dtype && !strcmp(dtype, "F32") ? 0 : dtype && !strcmp(dtype, "BF16") ? 1 : 2;
     if (data && type == 2 && strcmp(dtype, "F16"))
         return f->bad = 1, fail(f->error, "%s is %s: expected floats", name, dtype), NULL;
@@ -17,6 +19,10 @@ static const float *vector_of(Folder *f, i64 count, int needed, const char *name
     float *x = keep(f, count * 4);
     if (x) read_row(type, data, count, x, count);
     return x;
+}
+
+static const float *vector_of(Folder *f, i64 count, int needed, const char *name) {
+    return floats_of(f, count, 0, needed, name);
 }
 
 typedef struct { const char *name; i64 rows; } Part; /* of a matrix; NULL: not in this model */
@@ -83,33 +89,43 @@ static const float *in_bias_of(Folder *f, const Layer *l, const char *mixer) {
     return bias;
 }
 
-static void layer_of(Folder *f, i64 i) {
+#define OWN(what) (snprintf(name, sizeof name, "%s%s", own, what), name)
+/* retention or attention, whose tensors' names begin with `own` */
+static void mixer_of(Folder *f, const char *own, Layer *l) {
     i64 D = f->model.D;
-    Layer *l = &f->layers[i];
     int attends = l->kind == ATTENTION;
-    char block[64], mixer[96], name[128];
-    snprintf(block, sizeof block, "blocks.%lld.", (long long)i);
-    snprintf(mixer, sizeof mixer, "%s%s", block, attends ? "attention" : "retention");
-#define OWN(what) (snprintf(name, sizeof name, "%s%s", mixer, what), name)
-    l->mixer_norm = vector_of(f, D, 1, OWN("_norm.weight"));
+    char name[128];
     l->q_norm = vector_of(f, l->K, 0, OWN(".q_norm.weight")), l->k_norm = vector_of(f, l->K, 0, OWN(".k_norm.weight"));
     l->q_bias = vector_of(f, l->H * l->K, 0, OWN(".q_bias")), l->k_bias = vector_of(f, l->kv * l->K, 0, OWN(".k_bias"));
     l->decay_bias = vector_of(f, l->H, 0, attends ? OWN(".forget_proj.bias") : OWN(".decay_proj.bias"));
     l->head_norm = vector_of(f, l->joint ? l->H * l->V : l->V, 0, OWN(".head_norm.weight"));
-    l->in_bias = in_bias_of(f, l, mixer);
-#undef OWN
-    snprintf(name, sizeof name, "%sffn_norm.weight", block), l->ffn_norm = vector_of(f, D, l->F > 0, name);
-    strcat(mixer, ".");
+    l->in_bias = in_bias_of(f, l, own);
     Part in[] = {{"q_proj", l->H * l->K},
                  {"k_proj", l->kv * l->K},
                  {"v_proj", l->kv * l->V},
                  {l->gate ? "g_proj" : NULL, l->H * l->V},
                  {!l->gated ? NULL : attends ? "forget_proj" : "decay_proj", l->H}};
-    Part out[] = {{"out_proj", D}}, down[] = {{"ffn.down_proj", D}};
+    Part out[] = {{"out_proj", D}};
+    OWN(".");
+    l->in = matrix_of(f, D, 0, name, in, 5), l->out = matrix_of(f, l->H * l->V, 0, name, out, 1);
+}
+
+static void layer_of(Folder *f, i64 i) {
+    static const char *const kinds[] = {"retention", "attention", "convolution"};
+    i64 D = f->model.D;
+    Layer *l = &f->layers[i];
+    char block[64], own[96], name[128];
+    snprintf(block, sizeof block, "blocks.%lld.", (long long)i);
+    snprintf(own, sizeof own, "%s%s", block, kinds[l->kind]);
+    l->mixer_norm = vector_of(f, D, 1, OWN("_norm.weight"));
+    if (l->kind == CONVOLUTION) l->convolution = floats_of(f, l->taps, D, 1, OWN(".weight"));
+    else mixer_of(f, own, l);
+    snprintf(name, sizeof name, "%sffn_norm.weight", block), l->ffn_norm = vector_of(f, D, l->F > 0, name);
+    Part down[] = {{"ffn.down_proj", D}};
     Part up[] = {{"ffn.gate_proj", l->F}, {l->ffn_gate ? "ffn.up_proj" : NULL, l->F}};
-    l->in = matrix_of(f, D, 0, mixer, in, 5), l->out = matrix_of(f, l->H * l->V, 0, mixer, out, 1);
     if (l->F) l->up = matrix_of(f, D, 1, block, up, 2), l->down = matrix_of(f, l->F, 0, block, down, 1);
 }
+#undef OWN
 
 static void close_folder(Folder *f) {
     for (i64 i = 0; i < f->kept_count; i++) free(f->kept[i]);

@@ -5,7 +5,7 @@
 #include "product.h"
 
 enum { SWISH, GELU, SIGMOID };
-enum { RETENTION, ATTENTION };
+enum { RETENTION, ATTENTION, CONVOLUTION };
 
 typedef struct {                    /* how queries and keys are turned and scaled: one for all layers that agree in it */
     i64 K, H, halves, row_norm, at; /* halves: element i turns with i + K / 2, not 2 i with 2 i + 1; at: where its K + H
@@ -18,11 +18,13 @@ typedef struct {                    /* how queries and keys are turned and scale
 enum { BOUNDED = 2 }; /* `gated` of a decay "sigmoid" */
 
 typedef struct {
-    i64 kind, H, kv, K, V, F;                   /* V is K where the layer attends; F: 0 for no feed-forward layer */
+    i64 kind, H, kv, K, V, F;                   /* V is K where the layer attends; F: 0 for no feed-forward layer. A
+                                                   convolution has no heads */
     i64 gate, gate_activation, gated, normed_heads; /* gate, ffn_gate: whether there is one; gated: a decay, or a forget
                                                    gate, of each token */
     i64 joint;                                  /* the head norm is of all heads together */
     i64 activation, ffn_gate, window, sinks;    /* tokens attended to, 0 for all; first tokens, attended to always */
+    i64 taps;                                   /* of a convolution */
     double eps, decay_scale;                    /* eps: of the norms over heads */
     const Turn *turn;
     const float *log_decay;                                      /* [H]; NULL where it is a function of the token */
@@ -30,6 +32,7 @@ typedef struct {
     const float *q_norm, *k_norm, *q_bias, *k_bias, *decay_bias; /* [K], [K], [H K], [kv K], [H]; or NULL */
     const float *in_bias;   /* of q, k and v, laid out as the rows of `in`; or NULL */
     const float *head_norm; /* [V], joint [H V]; or NULL */
+    const float *convolution; /* [taps][D], the token's own last */
     const float *far_turn;  /* [K] turn of queries for moving sinks, far from them; NULL: as for all other keys */
     Matrix in;   /* q, k, v, gate, decay: the rows of each rounded up to panels */
     Matrix out;  /* [D][H V] */

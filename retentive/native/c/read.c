@@ -6,20 +6,10 @@ residual stream x, norms, rotations, sums and states are float32.
 */
 
 #include "attend.h"
+#include "convolve.h"
 #include "retain.h"
 
-/* ---- inputs of products: of few tokens every thread prepares all for itself, of more each its share ---- */
-
-static int each_alone(const Block *b) { return b->n <= AT_ONCE; }
-
-static void tokens_of(const Block *b, const Self *me, i64 *first, i64 *last) {
-    if (each_alone(b)) *first = 0, *last = b->n;
-    else share_rows(b->n, me->thread, b->threads, first, last);
-}
-
-static void prepared(const Block *b) {
-    if (!each_alone(b)) meet(b->c->pool);
-}
+/* ---- inputs of products ---- */
 
 /* Prompts, unlike single tokens, may be multiplied by integers as bfloat16, where the model is no more exact itself. */
 static Input input_of(const Block *b, const Self *me, const Input *all, const Matrix *w) {
@@ -33,8 +23,8 @@ static Input normed(Block *b, const Self *me, const float *weight, const Matrix 
     float y[D];
     tokens_of(b, me, &first, &last);
     for (i64 r = first; r < last; r++) {
-        if (weight) norm_row(b->x + r * D, weight, D, b->c->model->eps, y);
-        ready_row(&in, r, weight ? y : b->x + r * D, D);
+        if (weight) norm_row(me->x + r * D, weight, D, b->c->model->eps, y);
+        ready_row(&in, r, weight ? y : me->x + r * D, D);
     }
     prepared(b);
     return in;
@@ -71,14 +61,26 @@ static Input activated(Block *b, const Self *me, const Matrix *w, i64 together) 
 
 /* ---- a layer ---- */
 
+typedef struct { const Matrix *matrix; i64 together; } Next; /* what is multiplied next, and its panels that belong together */
+
+static Next up_of(const Layer *layer) { return (Next){&layer->up, together(layer)}; }
+
+/* the first matrix from layer l on: a convolution has none of its own */
+static Next next_from(const Model *m, i64 l) {
+    for (; l < m->layers; l++)
+        if (m->layer[l].kind != CONVOLUTION) return (Next){&m->layer[l].in, 1};
+        else if (m->layer[l].F) return up_of(m->layer + l);
+    return (Next){&m->head, 1};
+}
+
 /* x += w input, the panels of this thread */
-static void add_product(Block *b, const Matrix *w, const Input *in, const Matrix *next, i64 together, const Self *me) {
+static void add_product(Block *b, const Matrix *w, const Input *in, Next next, const Self *me) {
     i64 first, last, ld = whole(w->N);
     share(panels_of(w), me->thread, b->threads, &first, &last);
     product(w, in, b->n, first, last, b->added, ld, me->expanded); /* y may still be read by another thread */
     for (i64 r = 0; r < b->n; r++)
-        for (i64 i = first * ROWS; i < smaller(last * ROWS, w->N); i++) b->x[r * w->N + i] += b->added[r * ld + i];
-    ask(b, next, together, me);
+        for (i64 i = first * ROWS; i < smaller(last * ROWS, w->N); i++) me->x[r * w->N + i] += b->added[r * ld + i];
+    ask(b, next.matrix, next.together, me);
     meet(b->c->pool);
 }
 
@@ -90,7 +92,7 @@ static void add_bias(Block *b, const Layer *layer, i64 first, i64 last) {
 }
 
 /* x += feed-forward layer */
-static void feed_forward(Block *b, const Layer *layer, const Matrix *next, const Self *me) {
+static void feed_forward(Block *b, const Layer *layer, Next next, const Self *me) {
     i64 first, last, each = together(layer);
     Input in = normed(b, me, layer->ffn_norm, &layer->up);
     share(panels_of(&layer->up) / each, me->thread, b->threads, &first, &last);
@@ -103,24 +105,30 @@ static void feed_forward(Block *b, const Layer *layer, const Matrix *next, const
     ask(b, &layer->down, 1, me);
     meet(b->c->pool);
     in = activated(b, me, &layer->down, each);
-    add_product(b, &layer->down, &in, next, 1, me);
+    add_product(b, &layer->down, &in, next, me);
 }
 
-static void through_layer(Block *b, i64 l, const Self *me) {
-    const Model *m = b->c->model;
-    const Layer *layer = m->layer + l;
-    const Matrix *next = l + 1 < m->layers ? &m->layer[l + 1].in : &m->head;
+/* x += retention or attention; `next` is what follows the layer's own */
+static void mix_heads(Block *b, const Layer *layer, Memory *memory, Next next, const Self *me) {
     i64 first, last;
     Input in = normed(b, me, layer->mixer_norm, &layer->in);
     share(panels_of(&layer->in), me->thread, b->threads, &first, &last);
     product(&layer->in, &in, b->n, first, last, b->y, b->ld, me->expanded);
     add_bias(b, layer, first, last);
     meet(b->c->pool);
-    if (layer->kind == ATTENTION) attend(b, layer, b->c->memory + l, me);
-    else if (b->c->steps) by_steps(b, layer, b->c->memory + l, me);
-    else by_chunks(b, layer, b->c->memory + l, me);
+    if (layer->kind == ATTENTION) attend(b, layer, memory, me);
+    else if (b->c->steps) by_steps(b, layer, memory, me);
+    else by_chunks(b, layer, memory, me);
     in = mixed_heads(b, layer, me);
-    add_product(b, &layer->out, &in, layer->F ? &layer->up : next, layer->F ? together(layer) : 1, me);
+    add_product(b, &layer->out, &in, layer->F ? up_of(layer) : next, me);
+}
+
+static void through_layer(Block *b, i64 l, Self *me) {
+    const Model *m = b->c->model;
+    const Layer *layer = m->layer + l;
+    Next next = next_from(m, l + 1);
+    if (layer->kind == CONVOLUTION) convolve(b, layer, b->c->memory + l, me);
+    else mix_heads(b, layer, b->c->memory + l, next, me);
     if (layer->F) feed_forward(b, layer, next, me);
 }
 
@@ -139,37 +147,39 @@ static void next_block(Block *b) {
         for (i64 t = b->begin[s]; t < b->begin[s + 1]; t++) b->sequence[t] = s;
 }
 
-static void through_block(Block *b, const Self *me) {
+static void through_block(Block *b, Self *me) {
     const Reading *c = b->c;
     const Model *m = c->model;
     i64 first, last;
     share(b->n, me->thread, b->threads, &first, &last);
     for (i64 t = first; t < last; t++) {
         i64 all = b->first + t, s = b->sequence[t], id = c->ids[all], position = c->position[s] + all - c->begin[s];
-        embed(m, id, id < 0 ? c->rows + ~id * m->D : NULL, b->x + t * m->D);
+        embed(m, id, id < 0 ? c->rows + ~id * m->D : NULL, me->x + t * m->D);
         for (i64 i = 0; i < m->turns; i++) turn_at(m->turn + i, position, b->turn + t * b->turn_ld + m->turn[i].at);
     }
     meet(c->pool);
     for (i64 l = 0; l < m->layers; l++) through_layer(b, l, me);
     for (i64 t = first; t < last; t++) {
-        float *x = b->x + t * m->D, *to = c->x + (b->first + t) * m->D;
+        float *x = me->x + t * m->D, *to = c->x + (b->first + t) * m->D;
         if (m->final_norm) norm_row(x, m->final_norm, m->D, m->eps, to);
         else memcpy(to, x, m->D * 4);
     }
 }
 
+/* bytes of work space that a thread needs for layer l */
+static i64 space_for_layer(const Block *b, i64 l) {
+    const Layer *layer = b->c->model->layer + l;
+    if (layer->kind == CONVOLUTION) return 0;
+    return layer->kind == ATTENTION ? attention_space(b, layer) : retention_space(b, layer, b->c->memory + l);
+}
+
 static void through_model(void *what, int thread) {
     Block *b = what;
     const Reading *c = b->c;
-    const Model *m = c->model;
     i64 bytes = 1;
-    for (i64 l = 0; l < m->layers; l++) {
-        const Layer *layer = m->layer + l;
-        bytes = larger(bytes, layer->kind == ATTENTION ? attention_space(b, layer)
-                                                       : retention_space(b, layer, c->memory + l));
-    }
+    for (i64 l = 0; l < c->model->layers; l++) bytes = larger(bytes, space_for_layer(b, l));
     Self me = {thread, each_alone(b) ? thread * APART : 0, space_of_thread_with(bytes),
-               b->expanded + thread * b->each};
+               b->expanded + thread * b->each, b->x, b->other};
     if (!me.space) atomic_store(&b->failed, 1);
     meet(c->pool);
     if (atomic_load(&b->failed)) return; /* all threads see it, and nothing is written yet */
@@ -182,13 +192,14 @@ static void through_model(void *what, int thread) {
     }
 }
 
-typedef struct { i64 HK, HV, H, F, y; } Widths; /* the widest of all layers */
+typedef struct { i64 HK, HV, H, F, y, convolved; } Widths; /* the widest of all layers; convolved: D or 0 */
 
 static Widths widths_of(const Model *m) {
     Widths w = {0};
     for (const Layer *l = m->layer; l < m->layer + m->layers; l++) {
         w.HK = larger(w.HK, l->H * l->K), w.HV = larger(w.HV, l->H * l->V), w.H = larger(w.H, l->H);
         w.F = larger(w.F, l->F), w.y = larger(w.y, larger(rows_in(l), rows_up(l)));
+        if (l->kind == CONVOLUTION) w.convolved = m->D, w.y = larger(w.y, m->D);
     }
     return w;
 }
@@ -201,6 +212,7 @@ static char *arrange_block(Block *b, i64 n, char *at) {
     b->ld = w.y, b->turn_ld = turn_floats(m);
     b->sequence = (i64 *)take(&at, 2 * n), b->begin = (i64 *)take(&at, 2 * (b->c->N + 1));
     b->x = take(&at, n * D), b->added = take(&at, n * whole(D));
+    b->other = take(&at, n * w.convolved), b->scale = take(&at, w.convolved ? n : 0);
     b->y = take(&at, n * b->ld), b->z = take(&at, n * w.HV);
     b->turn = take(&at, n * b->turn_ld), b->log_decay = take(&at, n * w.H);
     b->q = take(&at, n * w.HK), b->k = take(&at, n * w.HK);

@@ -7,9 +7,9 @@
     int64_t id = retentive_sample(logits, retentive_vocabulary(model), &(RetentiveSampling){0.8}, &seed);
     retentive_decode(states, 1, &id, logits);                      one token more
 
-Folders are those of the Python package, of retention, attention or both, float32, bfloat16, int8 or int4; states are
-saved in its files. Functions give 0 or NULL where they fail; `error`, of 256 bytes or NULL, then has a line that tells why. A model may have many states;
-it works for one caller at a time.
+Folders are those of the Python package, of retention, attention and convolutions in any order, float32, bfloat16, int8 or
+int4; states are saved in its files. Functions give 0 or NULL where they fail; `error`, of 256 bytes or NULL, then has a
+line that tells why. A model may have many states; it works for one caller at a time.
 */
 
 #ifndef RETENTIVE_H
@@ -40,8 +40,8 @@ int64_t retentive_end(const Retentive *model);
 /* States of `count` sequences that have read nothing. */
 RetentiveStates *retentive_states(Retentive *model, int64_t count);
 void retentive_free(RetentiveStates *states);
-/* Bytes that they take: of retention as many after a million tokens as after one; a cache of attention grows with the
-   longest sequence, up to its window. */
+/* Bytes that they take: of retention and convolutions as many after a million tokens as after one; a cache of attention
+   grows with the longest sequence, up to its window. */
 int64_t retentive_bytes(const RetentiveStates *states);
 /* Tokens that a sequence has read. */
 int64_t retentive_position(const RetentiveStates *states, int64_t sequence);

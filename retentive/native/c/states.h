@@ -1,5 +1,5 @@
-/* The memories of several sequences: rings of retention, which stay as they are, and caches of attention, which grow with
-the longest sequence, up to the window. */
+/* The memories of several sequences: rings of retention and the last tokens of convolutions, which stay as they are, and
+caches of attention, which grow with the longest sequence, up to the window. */
 
 #pragma once
 #include "folder.h"
@@ -15,9 +15,12 @@ struct RetentiveStates {
 
 static const Model *model_of(const RetentiveStates *s) { return &s->model->folder.model; }
 
-/* slots of a ring for which the fewest bytes move: ops/ring.py */
-static i64 slots_for(i64 K, i64 V) {
-    double ideal = sqrt(K * V / (1.5 * (K + V)));
+/* Slots of a layer before the first token: those of a ring for which the fewest bytes move, as in ops/ring.py, or as many
+   as a convolution reaches back. */
+static i64 slots_for(const Layer *l) {
+    if (l->kind == ATTENTION) return 0;
+    if (l->kind == CONVOLUTION) return l->taps - 1;
+    double ideal = sqrt(l->K * l->V / (1.5 * (l->K + l->V)));
     i64 half = (i64)exp2(rint(log2(ideal)));
     return 2 * (half < 2 ? 2 : half);
 }
@@ -26,6 +29,7 @@ static i64 slots_for(i64 K, i64 V) {
 static char *arrange_memory(const RetentiveStates *s, const Layer *l, i64 slots, char *at, Memory *m) {
     i64 N = s->count, H = l->H, cached = N * slots * l->kv * l->K;
     *m = (Memory){.slots = slots};
+    if (l->kind == CONVOLUTION) return m->state = take(&at, N * slots * model_of(s)->D), at;
     if (l->kind == ATTENTION) {
         m->k = take(&at, cached), m->v = take(&at, cached), m->decay = l->gated ? take(&at, N * slots * H) : NULL;
         return at;
@@ -41,6 +45,7 @@ static Memory memory_from(const RetentiveStates *s, i64 layer, i64 n) {
     const Layer *l = model_of(s)->layer + layer;
     const Memory *m = s->memory + layer;
     i64 H = l->H, size = size_of(s->dtype), slots = n * m->slots;
+    if (l->kind == CONVOLUTION) return (Memory){.state = m->state + slots * model_of(s)->D, .slots = m->slots};
     if (l->kind == ATTENTION) {
         i64 row = l->kv * l->K * size;
         return (Memory){NULL, (char *)m->k + slots * row, (char *)m->v + slots * row,
@@ -121,8 +126,7 @@ static RetentiveStates *new_states(Retentive *model, i64 count) {
     s->memory = calloc(m->layers, sizeof *s->memory), s->held = calloc(m->layers, sizeof *s->held);
     s->position = calloc(count, sizeof *s->position), s->bytes = count * 8;
     for (i64 i = 0; s->memory && s->held && s->position && i < m->layers; i++) {
-        const Layer *l = m->layer + i;
-        if (!resize_memory(s, i, l->kind == ATTENTION ? 0 : slots_for(l->K, l->V))) break;
+        if (!resize_memory(s, i, slots_for(m->layer + i))) break;
         if (i + 1 == m->layers) return s;
     }
     return free_states(s), NULL;
@@ -165,6 +169,7 @@ static void copy_sequence(RetentiveStates *s, i64 to, i64 from) {
         const Layer *l = m->layer + i;
         Memory a = memory_from(s, i, from), b = memory_from(s, i, to);
         if (l->kind == ATTENTION) copy_slots(s, l, &a, &b, cached_tokens(l, s->position[from]));
+        else if (l->kind == CONVOLUTION) memmove(b.state, a.state, a.slots * m->D * 4);
         else memmove(b.state, a.state, l->H * l->K * l->V * 4), *b.written = *b.folded = 0;
     }
     s->position[to] = s->position[from];

@@ -25,6 +25,7 @@ static int entries_of(const RetentiveStates *s, i64 n, i64 i, i64 position, Entr
     Memory m = memory_from(s, i, n);
     i64 tokens = cached_tokens(l, position);
     if (l->kind == RETENTION) return *to = entry_of(i, "state", 0, 4, l->H, l->K, l->V, m.state), 1;
+    if (l->kind == CONVOLUTION) return *to = entry_of(i, "rows", 0, 3, m.slots, model_of(s)->D, 0, m.state), 1;
     to[0] = entry_of(i, "keys", s->dtype, 4, tokens, l->kv, l->K, m.k);
     to[1] = entry_of(i, "values", s->dtype, 4, tokens, l->kv, l->K, m.v);
     if (l->gated) to[2] = entry_of(i, "gates", 0, 3, tokens, l->H, 0, m.decay);
@@ -56,11 +57,11 @@ static int shape_as_text(const Entry *e, char *to, i64 bytes, const char *betwee
    which may be in a file. */
 static void digest_of(const Entry *entries, i64 count, const char *const *data, const char *about, const void *position,
                       char hex[2 * DIGEST_BYTES + 1]) {
-    static const char *const parts[] = {"state", "keys", "values", "gates"};
+    static const char *const parts[] = {"state", "keys", "values", "gates", "rows"};
     Digest d;
     char shape[96], kind[128];
     begin_digest(&d), add_to_digest(&d, about, (i64)strlen(about));
-    for (int p = 0; p < 4; p++)
+    for (int p = 0; p < 5; p++)
         for (i64 i = 0; i < count; i++) {
             const Entry *e = entries + i;
             if (strcmp(e->name, parts[p])) continue;
@@ -165,7 +166,7 @@ static int same_layers(const Model *m, const Tensors *t, int old) {
     char *sinks = firsts && firsts->type == STRING ? firsts->text : NULL;
     for (i64 i = 0; i < m->layers; i++) {
         const Layer *l = m->layer + i;
-        tensors -= l->kind == RETENTION ? 1 : l->gated ? 3 : 2;
+        tensors -= l->kind != ATTENTION ? 1 : l->gated ? 3 : 2;
         i64 own = old ? strtoll(window && window->type == STRING ? window->text : "0", NULL, 10) : next_number(&windows);
         if (!(old && l->kind == RETENTION) && own != most_cached(l)) return 0;
         if ((sinks ? next_number(&sinks) : 0) != l->sinks) return 0;

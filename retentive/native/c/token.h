@@ -3,8 +3,10 @@
 #pragma once
 #include "model.h"
 
+INLINE float scale_of_norm(const float *x, i64 n, double eps) { return 1 / sqrtf(dot(x, x, n) / n + (float)eps); }
+
 static void norm_row(const float *x, const float *weight, i64 n, double eps, float *y) {
-    float scale = 1 / sqrtf(dot(x, x, n) / n + (float)eps);
+    float scale = scale_of_norm(x, n, eps);
     if (weight)
         for (i64 i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
     else
