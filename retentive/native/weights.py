@@ -114,7 +114,7 @@ def _versions(parameters: list[Any]) -> list[int]:
 
 
 def _turn_of(mixer: Any) -> tuple[Any, ...] | None:
-    """What a layer's turn depends on; None for a convolution, which has none."""
+    """All that a layer's turn depends on; None for a convolution, which has none."""
     c = mixer.config
     if c.kind == "convolution":
         return None
