@@ -59,8 +59,9 @@ def small_heads(config: RetentionConfig) -> dict[str, Any]:
     return dict(heads=4 * config.heads, kv_heads=0, value_dim=config.value_dim)
 
 
-OLDER: dict[str, Any] = dict(attention_every=4, attention_forget=False, convolution=0)
-"""Fields of hybrids that are not the default."""
+def older(**fields: Any) -> Changes:
+    """Returns hybrids with nothing but attention in one block of four, with as many heads as the RetNet."""
+    return lambda c: dict(attention_every=4, attention_forget=False, convolution=0, heads=c.heads) | fields
 
 
 def portable(**fields: Any) -> Changes:
@@ -136,14 +137,18 @@ VARIANTS = {
     "hybrid-fourth": Variant("hybrid", always(attention_every=4), "every fourth block attends"),
     "hybrid-128": Variant("hybrid", always(attention_window=128), "windows of 128 tokens"),
     "hybrid-512": Variant("hybrid", always(attention_window=512), "windows of 512 tokens"),
-    "hybrid-small-heads": Variant("hybrid", small_heads, "four times as many heads, a quarter as wide"),
+    "hybrid-small-heads": Variant("hybrid", small_heads, "four times as many heads as the RetNet of the size"),
+    "hybrid-wide-heads": Variant("hybrid", lambda c: dict(heads=c.heads), "as many heads as the RetNet of the size"),
     # older hybrids: one block of four, and nothing else
-    "hybrid-whole": Variant("hybrid", always(**OLDER, attention_window=None), "one block of four attends"),
-    "hybrid-window": Variant("hybrid", always(**OLDER), "one block of four attends to 256 tokens"),
-    "hybrid-window-bare": Variant(
-        "hybrid", always(**OLDER, attention_rotary="none"), "the same without rotation in that block"
-    ),
+    "hybrid-whole": Variant("hybrid", older(attention_window=None), "one block of four attends"),
+    "hybrid-window": Variant("hybrid", older(), "one block of four attends to 256 tokens"),
+    "hybrid-window-bare": Variant("hybrid", older(attention_rotary="none"), "the same without rotation in that block"),
     "transformer-convolution": Variant("transformer", always(convolution=4), "twin with short convolutions"),
+    "transformer-narrow": Variant(
+        "transformer",
+        lambda c: dict(heads=4 * c.heads, qk_norm=True, forget_gate=True),
+        "twin with QK-norm, a forget gate, and four times as many heads",
+    ),
     "transformer-qk-norm-forget-convolution": Variant(
         "transformer", always(qk_norm=True, forget_gate=True, convolution=4), "twin with all three"
     ),

@@ -291,17 +291,28 @@ def transformer(size: str | None = None, *, convolution: int = 0, **changes: Any
 
 
 def hybrid(size: str | None = None, **changes: Any) -> ModelConfig:
-    """Config of this package's hybrid: `mixed` of a RetNet.
+    """Config of this package's hybrid: `mixed` of a RetNet with narrow heads.
 
     Args:
         size: a name of PRESETS; None: the shape of DEFAULTS.
-        changes: fields of `mixed`, and of the RetNet.
+        changes: fields of `mixed`, and of the RetNet. Without `heads`, it has twice as many as the size's, of the
+            same total width.
 
     Raises:
         ValueError: as `retnet` and `mixed`.
     """
     own = {name: changes.pop(name) for name in (*HYBRID, *CONVOLUTION) if name in changes}
-    return mixed(retnet(size, **changes), **own)
+    base = retnet(size, **changes)
+    return mixed(base if "heads" in changes else narrow_heads(base), **own)
+
+
+def narrow_heads(config: ModelConfig) -> ModelConfig:
+    """Returns the RetNet with twice as many heads, half as wide; itself if their width would be odd."""
+    c = config.all_retention("a hybrid")
+    if c.key_dim % (4 * c.heads) or c.value_dim % (2 * c.heads):
+        return config
+    mixer = replace(c, heads=2 * c.heads, kv_heads=2 * c.kv_heads)
+    return replace(config, blocks=(replace(config.blocks[0], mixer=mixer),) * config.layers)
 
 
 def mixed(

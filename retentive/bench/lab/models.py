@@ -22,6 +22,7 @@ from retentive.bench.lab import plot
 from retentive.bench.lab.options import Say, words
 from retentive.checkpoint.quantize import quantize
 from retentive.models import Config, LanguageModel, ModelConfig, build, mixed, peer, twin
+from retentive.models.presets import narrow_heads
 from retentive.native import NativeModel
 from retentive.native.library import library
 from retentive.ops import using
@@ -83,7 +84,7 @@ def config_of(name: str, config: ModelConfig, *, full_heads: bool = False) -> Co
     if name == "grouped" or name in LLAMACPP or name.startswith("native-twin"):
         return twin(config) if full_heads and name != "grouped" else grouped(config)
     if name == "hybrid" or name.startswith("native-hybrid"):
-        return mixed(config)
+        return mixed(narrow_heads(config))
     return twin(config) if name == "transformer" else config
 
 
