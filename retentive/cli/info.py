@@ -1,7 +1,9 @@
 """`retentive info`: architecture of a model, and its costs in memory and arithmetic."""
 
+import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,16 +181,24 @@ def describe(console: Console, config: Any, title: str, quantized: Quantization 
 
 
 def fields_of(config: Any) -> Iterator[str]:
-    """Yields the config's fields in lines: the model's, and those of the layers for each run of equal blocks."""
+    """Yields the config's fields in lines: the model's, and those of the layers once for equal blocks."""
     written = config.written()
-    blocks = written.pop("blocks", [])
+    runs = written.pop("blocks", [])
     yield "  ".join(f"{k}={v}" for k, v in written.items())
-    for block in blocks:
-        mixer, ffn = (block[name] for name in ("mixer", "ffn"))
-        kind = mixer.pop("kind")
-        yield f"{block['repeat']} x {kind}: " + "  ".join(f"{k}={v}" for k, v in mixer.items())
-        layer = "  ".join(f"{k}={v}" for k, v in ffn.items()) if ffn else "none"
-        yield f"{' ' * len(str(block['repeat']))}   feed-forward: {layer}"
+    order: list[str] = []
+    for run in runs:
+        order += [json.dumps([run["mixer"], run["ffn"]])] * run["repeat"]
+    places = {block: str(n) for n, block in enumerate(dict.fromkeys(order), 1)}
+    apart = len(runs) > len(places)  # some equal blocks
+    for block, count in Counter(order).items():
+        run = next(run for run in runs if json.dumps([run["mixer"], run["ffn"]]) == block)
+        kind = run["mixer"].pop("kind")
+        name = f"({places[block]}) {count} x" if apart else f"{count} x"
+        yield f"{name} {kind}: " + "  ".join(f"{k}={v}" for k, v in run["mixer"].items())
+        layer = "  ".join(f"{k}={v}" for k, v in run["ffn"].items()) if run["ffn"] else "none"
+        yield f"{' ' * len(name)} feed-forward: {layer}"
+    if apart:
+        yield "in the order " + " ".join(places[block] for block in order)
 
 
 def senses(encoders: Mapping[str, EncoderConfig], dim: int) -> Iterator[str]:

@@ -29,3 +29,10 @@ def test_every_model_that_has_a_name(capsys):
         out = capsys.readouterr().out
         assert out.startswith(f"{shown}, architecture {name} in size 1m")
         assert ("Differs from `--model retnet`" in out) == (name == "retnet-paper")
+
+
+def test_equal_blocks_that_stand_apart_are_shown_once(capsys):
+    main(["info", "hybrid", "--size", "1m"])
+    text = capsys.readouterr().out
+    assert text.count("x retention:") == text.count("x attention:") == 1 and "(2) 3 x retention: dim=128" in text
+    assert "in the order 1 2 3 1 4 5 1 2 3 1 4 5 1 2 3" in text
