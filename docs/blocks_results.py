@@ -215,6 +215,44 @@ def recall() -> str:
     return table("right values | " + " | ".join(f"{n} pairs" for n in found["pairs"]) + " | memory", *lines)
 
 
+TEXTS = {"novels": "novels", "library": "Python source", "pairs": "pairs"}
+"""Texts of compare-hybrid, and their columns."""
+KINDS = {
+    "hybrid": "hybrid",
+    "retnet": "RetNet",
+    "transformer": "twin",
+    "transformer-qk-norm": "twin with QK-norm",
+    "transformer-qk-norm-forget": "twin with QK-norm and a forget gate",
+    "transformer-narrow": "the same with four times as many heads",
+}
+"""Models of compare-hybrid."""
+
+
+def which() -> str:
+    """Bits per byte of the hybrid, the RetNet and their twins on each text."""
+    found = {text: best(f"compare-hybrid-{text}") for text in TEXTS}
+
+    def cell(text: str, name: str) -> str:
+        r = found[text].get(("1m", name))
+        return f"{r['bits_per_byte']:.3f} ± {r['half_width']:.3f}" if r else "–"
+
+    lines = [" | ".join([title, *(cell(text, name) for text in TEXTS)]) for name, title in KINDS.items()]
+    return table(f"bits per byte | {' | '.join(TEXTS.values())}", *lines)
+
+
+def which_costs() -> str:
+    """Memory, speed of decoding and of training of the hybrid beside the RetNet and the twin."""
+    decoded, trained = native("decode-hybrid-130m", 8192), row(result("train-hybrid-5m", EPYC)["rows"], length=2048)
+    names = {"RetNet": ("native-int4", "retnet"), "hybrid": ("native-hybrid-int4", "hybrid")}
+    names["twin"] = ("native-twin-int4", "transformer")
+    lines = []
+    for title, (engine, model) in names.items():
+        cells = [size(decoded[engine]["state_bytes"]), f"{1000 * decoded[engine]['seconds']:.1f} ms"]
+        lines.append(" | ".join([title, *cells, f"{trained[model]['tokens_per_second']:,.0f}"]))
+    head = "155 M in 4 bits | memory after 8,192 tokens | time per token there | training, 6 M, rows of 2,048: tokens/s"
+    return table(head, *lines)
+
+
 def compression() -> str:
     """Bits per byte beside a file compressor."""
     novels, demo = result("novels", EPYC), result("demo", EPYC)

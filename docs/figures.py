@@ -27,6 +27,7 @@ PAGES = (
     "docs/native.md",
     "docs/see.md",
     "docs/listen.md",
+    "docs/which.md",
 )
 BLOCKS = {**vars(blocks_results), **vars(blocks_paper), **vars(blocks_media), **vars(blocks)}
 BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

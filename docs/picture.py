@@ -1,7 +1,8 @@
-"""Draws docs/front.png, the picture of the front page, from results/: `python docs/picture.py` (extra `plot`)."""
+"""Draws docs/front.png and docs/which.png from results/: `python docs/picture.py` (extra `plot`)."""
 
 import matplotlib.pyplot as plt
-from blocks import ROOT, TWINS, ZEN4, native
+from blocks import ROOT, TWINS, ZEN4, best, native
+from blocks_results import KINDS, TEXTS
 
 CURVES = {
     "RetNet, C engine": ("native-int4", "C0", "o-"),
@@ -11,7 +12,24 @@ CURVES = {
 CONTEXTS = (2048, 8192, 32768)
 
 
-def main() -> None:
+def which() -> None:
+    """Bits per byte of each model on each text, with intervals."""
+    figure, panels = plt.subplots(1, len(TEXTS), figsize=(10, 3), layout="constrained", sharey=True)
+    for axes, (text, title) in zip(panels, TEXTS.items(), strict=True):
+        found = best(f"compare-hybrid-{text}")
+        for place, name in enumerate(reversed(KINDS)):
+            if ("1m", name) in found:
+                r = found["1m", name]
+                colour = {"hybrid": "C0", "retnet": "C1"}.get(name, "C3")
+                axes.errorbar(r["bits_per_byte"], place, xerr=r["half_width"], fmt="o", color=colour, capsize=3)
+        axes.set(title=title, xlabel="bits per byte")
+        axes.set_yticks(range(len(KINDS)), labels=list(reversed(KINDS.values())))
+        axes.grid(alpha=0.3, axis="x")
+    figure.savefig(ROOT / "docs" / "which.png", dpi=120)
+
+
+def front() -> None:
+    """Memory and time per token by context."""
     figure, (memory, speed) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for label, (name, colour, line) in CURVES.items():
         models = [native(TWINS, context, machine=ZEN4)[name] for context in CONTEXTS]
@@ -27,4 +45,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    front()
+    which()

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from retentive.layers import ConvolutionConfig, RetentionConfig
+from retentive.layers import RetentionConfig
 from retentive.models import ModelConfig
 from retentive.ops import decay as decays
 
@@ -54,8 +54,8 @@ def unfit(config: ModelConfig, arch: str) -> list[str]:
         return ["a RetNet of this package"]
     found = [] if config.final_norm else ["final_norm=True"]
     found += ["embed_norm=False"] if config.embed_norm else []
-    if ConvolutionConfig.kind in config.kinds:  # its blocks differ, which would hide the reason
-        return [*found, "convolution=0"]
+    if config.convolution:
+        found, config = [*found, "convolution=0"], config.without_convolutions()
     if len({block.ffn for block in config.blocks}) > 1 or len(set(config.mixers)) > 1:
         return [*found, "blocks that are all alike"]
     c, ffn = config.retention, config.blocks[0].ffn
