@@ -136,7 +136,7 @@ def claims() -> str:
     ours = retnet("130m", vocab_size=32000)
     config, grouped = twin(ours), twin(ours, kv_heads=1)
     trained = row(result("train-default-130m", ZEN4)["rows"], length=8192)
-    novels, library = best("compare-sizes-default"), best("compare-library")
+    novels, library = best("compare-sizes-default"), best("compare-hybrid-library")
     contexts = {model: perplexities(model)[8192] for model in ("retnet", "transformer")}
     digits, slower = result("seen-digits-1m", EPYC)["rows"], result("seen-digits-half-rate-1m", ZEN4)["rows"]
     pairs = {r["variant"]: f"{r['accuracy']['32']:.0%}".replace("%", " %") for r in result("recall", EPYC)["rows"]}
@@ -167,9 +167,9 @@ def claims() -> str:
         + file("train-default-130m", ZEN4, "130 M, blocks recomputed"),
         f"held-out novels, bits per byte | {bits(novels, '5m', 'retnet')} | {bits(novels, '5m', 'transformer-qk-norm')}"
         " | lower | " + file("compare-sizes-default", EPYC, "6.0 M, twin with QK-norm"),
-        f"held-out Python source, bits per byte | {bits(library, '1m', 'retnet')} | "
-        f"{bits(library, '1m', 'transformer-qk-norm')} | lower | "
-        + file("compare-library", EPYC, "1.6 M, twin with QK-norm"),
+        f"held-out Python source, bits per byte | {bits(library, '1m', 'hybrid')} (hybrid) | "
+        f"{bits(library, '1m', 'transformer-qk-norm-forget')} | lower | "
+        + file("compare-hybrid-library", EPYC, "1.6 M, twin with QK-norm and a forget gate"),
         f"novels, perplexity after 8,192 tokens, trained on 1,024 | {contexts['retnet']:.1f} | "
         f"{contexts['transformer']:.1f} | lower | "
         + f"6.0 M: {file('contexts-novels-retnet', EPYC, paper)}, "

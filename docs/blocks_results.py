@@ -223,7 +223,6 @@ KINDS = {
     "transformer": "twin",
     "transformer-qk-norm": "twin with QK-norm",
     "transformer-qk-norm-forget": "twin with QK-norm and a forget gate",
-    "transformer-narrow": "the same with four times as many heads",
 }
 """Models of compare-hybrid."""
 
