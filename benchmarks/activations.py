@@ -77,13 +77,14 @@ def activations(
 ) -> tuple[list[dict[str, float]], float | None]:
     """(for each block, part -> largest magnitude; largest magnitude in the states after a row, None without states).
 
-    A magnitude is NaN if any number is. The parts are PARTS; x is the residual stream after the block.
+    A magnitude is NaN if any number is. The parts are those of PARTS that a block has; x is the residual stream after
+    it.
     """
-    found: list[dict[str, float]] = [dict.fromkeys(PARTS, 0.0) for _ in model.blocks]
+    found: list[dict[str, float]] = [{} for _ in model.blocks]
     hooks, states = [], []
 
     def note(block: int, part: str, x: Tensor) -> None:
-        found[block][part] = float(torch.tensor([found[block][part], float(x.abs().max())]).max())  # NaN stays
+        found[block][part] = float(torch.tensor([found[block].get(part, 0.0), float(x.abs().max())]).max())  # NaN stays
 
     def watch(module: nn.Module, block: int, part: str) -> None:
         def hook(_, given, out) -> None:
@@ -95,7 +96,8 @@ def activations(
 
     for n, block in enumerate(model.blocks):
         watch(block, n, "x")
-        watch(block.ffn, n, "ffn")  # type: ignore[arg-type]
+        if isinstance(block.ffn, nn.Module):
+            watch(block.ffn, n, "ffn")
         for name, module in block.named_modules():
             if (last := name.rpartition(".")[2]) in OF_LAYERS:
                 watch(module, n, OF_LAYERS[last])
@@ -113,7 +115,10 @@ def activations(
 
 def table(result: dict[str, Any]) -> str:
     """A row for each block."""
-    rows = [[str(n), *(f"{block[part]:.3g}" for part in PARTS)] for n, block in enumerate(result["blocks"])]
+    rows = [
+        [str(n), *(f"{block[part]:.3g}" if part in block else "–" for part in PARTS)]
+        for n, block in enumerate(result["blocks"])
+    ]
     most = max(block["x"] for block in result["blocks"])
     note = f"Largest magnitudes over {result['tokens']:,} tokens in {result['precision']}; of x: {most:.3g}"
     if result["state"] is not None:

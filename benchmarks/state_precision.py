@@ -34,7 +34,7 @@ from retentive.evals.heldout import Pairs, Tokens, recalled
 from retentive.models import LanguageModel, State
 from retentive.models.memory import RetentionMemory
 from retentive.options import at_least_one
-from retentive.tables import markdown
+from retentive.tables import counted, markdown
 
 PICTURE = "Precision of states"
 PIECE = 1024
@@ -141,7 +141,9 @@ def texts(data: Packed, count: int, length: int) -> Tensor:
     windows = (window for window in data.held_out(length=length) if window.ids.shape[1] == length)
     found = [window.ids[0] for window in windows if window.cu_seqlens is not None and len(window.cu_seqlens) == 2]
     if len(found) < count:
-        raise ValueError(f"the held-out text has {len(found)} texts of {length:,} tokens: lower `texts` or `length`")
+        raise ValueError(
+            f"the held-out text has {counted(len(found), 'text')} of {length:,} tokens: lower `texts` or `length`"
+        )
     return torch.stack(found[:count])
 
 
@@ -168,10 +170,11 @@ def losses(model: Rounded, ids: Tensor, pairs: Pairs, nbytes: int) -> dict[str, 
     context, position = np.repeat(np.arange(B), T), np.tile(np.arange(1, T + 1), B)
     columns = (ids[:, 1:].flatten().numpy(), ids[:, :-1].flatten().numpy(), context, position)
     tokens = Tokens(loss.flatten().numpy(), *columns)
+    told = tokens.losses[recalled(tokens, pairs)]
     begins = [2**n for n in range(int(math.log2(T)) + 1)]
     return {
         "bits_per_byte": float(loss.sum()) / math.log(2) / nbytes,
-        "recalled": float(tokens.losses[recalled(tokens, pairs)].mean()),
+        "recalled": float(told.mean()) if len(told) else None,
         "by_position": [[begin, float(loss[:, begin - 1 : 2 * begin - 1].mean())] for begin in begins],
     }
 
@@ -182,8 +185,7 @@ def table(result: dict[str, Any]) -> str:
     lines, base = [], dict[str, Any]()
     for row in (row for row in result["rows"] if row["kind"] == "text"):
         base = row if row["every"] is None else base
-        changes = [f"{row[key] - base[key]:+.4f}" if row["every"] else "" for key in ("bits_per_byte", "recalled")]
-        cells = [f"{row['bits_per_byte']:.4f}", changes[0], f"{row['recalled']:.3f}", changes[1]]
+        cells = [cell for key in ("bits_per_byte", "recalled") for cell in _beside(row[key], base[key], row is base)]
         lines.append([*_named(row), *cells])
     found = f"{result['texts']} texts of {result['length']:,} tokens\n\n{markdown(heads, lines)}"
     answers = [row for row in result["rows"] if row["kind"] == "recall"]
@@ -193,6 +195,13 @@ def table(result: dict[str, Any]) -> str:
     lines = [[*_named(row), *(f"{row['accuracy'][n]:.1%}" for n in pairs)] for row in answers]
     heads = ["model", "state", "rounded after", "bytes", *(f"{n} pairs" for n in pairs)]
     return f"{found}\n\n{markdown(heads, lines)}"
+
+
+def _beside(value: float | None, base: float | None, alone: bool) -> list[str]:
+    """Cells of a value, and of its distance from the model's own."""
+    if value is None or base is None:
+        return ["–", ""]
+    return [f"{value:.4f}", "" if alone else f"{value - base:+.4f}"]
 
 
 def _named(row: dict[str, Any]) -> list[str]:

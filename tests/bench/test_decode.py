@@ -193,7 +193,7 @@ def test_models_in_c_move_as_many_bytes_as_their_weights_have(monkeypatch):
         assert of_twin.moves(1, 8) == cache + cost.matrix_parameters(of_twin.config) * bits / 8
         assert of_twin.remembers(1, 1000) == 125 * cache
     hybrid = rivals["native-hybrid-int4"]
-    assert hybrid.config.windows == (0, 256)
+    assert hybrid.config.without_convolutions().windows == (0, 256)
     assert hybrid.remembers(1, 256) == hybrid.remembers(1, 10_000), "a window has a cache of constant size"
     assert all(name in row["models"] for row in result["rows"] for name in names)
     table = decode.table(result)
