@@ -141,9 +141,8 @@ def texts(data: Packed, count: int, length: int) -> Tensor:
     windows = (window for window in data.held_out(length=length) if window.ids.shape[1] == length)
     found = [window.ids[0] for window in windows if window.cu_seqlens is not None and len(window.cu_seqlens) == 2]
     if len(found) < count:
-        raise ValueError(
-            f"the held-out text has {counted(len(found), 'text')} of {length:,} tokens: lower `texts` or `length`"
-        )
+        have = counted(len(found), "text")
+        raise ValueError(f"the held-out text has {have} of {length:,} tokens: lower `texts` or `length`")
     return torch.stack(found[:count])
 
 
