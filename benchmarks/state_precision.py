@@ -218,7 +218,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
         for n, row in enumerate(others):
             style = {"color": f"C{list(ROUNDINGS).index(row['rounding'])}", "marker": "osv^"[n // len(ROUNDINGS)]}
             above = [[at, x - y] for (at, x), (_, y) in zip(row["by_position"], base["by_position"], strict=True)]
-            axis.plot(*zip(*above, strict=True), **style, label=" ".join(_named(row)[1:3]))
+            axis.plot(*zip(*above, strict=True), **style, label=", ".join(_named(row)[1:3]))
         axis.axhline(0, **GREY)
         axis.set_xscale("log", base=2)
         axis.set_yscale("symlog", linthresh=1e-4)
@@ -226,5 +226,5 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
         axis.set_xlabel("position in the text (tokens)")
         axis.set_ylabel("nats a token above float32")
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize="small")
+    axes[0, 0].legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     figure.savefig(path, dpi=120, format="png")

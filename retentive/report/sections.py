@@ -152,9 +152,9 @@ SECTIONS = (
     ),
     Section(
         "Quantisation",
-        "How much held-out loss do weights of 8 and 4 bits cost, and how exact are states after a long text?",
+        "How much held-out loss do weights and states of fewer bits cost, and how exact are states after a long text?",
         "",
-        _is("bench quantization"),
+        _is("bench quantization", "bench state-precision"),
         "The paper does not quantise.",
     ),
     Section(
