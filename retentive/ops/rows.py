@@ -215,7 +215,7 @@ class _Convolve(torch.autograd.Function):
         x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight, since)
         y = torch.empty_like(x)
-        _call("convolve", _convolve(x, weight, since, y=y.data_ptr()))
+        _call("convolve", _convolve(x, weight, since, torch.get_num_threads(), y=y.data_ptr()))
         return y
 
     @staticmethod
@@ -224,16 +224,17 @@ class _Convolve(torch.autograd.Function):
         x, weight, since = ctx.saved_tensors
         grad, dx = grad.contiguous(), torch.empty_like(x)
         # one sum per thread, zeroed by C and added in order: no atomics, so the result is deterministic
-        sums = torch.empty(torch.get_num_threads(), *weight.shape, dtype=torch.float64)
+        threads = torch.get_num_threads()
+        sums = torch.empty(threads, *weight.shape, dtype=torch.float64)
         places = {"dy": grad.data_ptr(), "dx": dx.data_ptr(), "dweight": sums.data_ptr()}
-        _call("convolve", _convolve(x, weight, since, **places))
+        _call("convolve", _convolve(x, weight, since, threads, **places))
         return dx, sums.sum(0).to(weight.dtype), None
 
 
-def _convolve(x: Tensor, weight: Tensor, since: Tensor | None, **places: int) -> Convolve:
+def _convolve(x: Tensor, weight: Tensor, since: Tensor | None, threads: int, **places: int) -> Convolve:
     (B, T, D), n = x.shape, len(weight)
     return Convolve(
-        B * T, T, n, D, DTYPES.index(x.dtype), DTYPES.index(weight.dtype), torch.get_num_threads(),
+        B * T, T, n, D, DTYPES.index(x.dtype), DTYPES.index(weight.dtype), threads,
         None if since is None else since.data_ptr(), x.data_ptr(), weight.data_ptr(), **places,
     )  # fmt: skip
 
