@@ -1,9 +1,7 @@
 """`retentive info`: architecture of a model, and its costs in memory and arithmetic."""
 
-import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,20 +183,21 @@ def fields_of(config: Any) -> Iterator[str]:
     written = config.written()
     runs = written.pop("blocks", [])
     yield "  ".join(f"{k}={v}" for k, v in written.items())
-    order: list[str] = []
+    different: list[tuple[Any, Any]] = []
+    order: list[int] = []
     for run in runs:
-        order += [json.dumps([run["mixer"], run["ffn"]])] * run["repeat"]
-    places = {block: str(n) for n, block in enumerate(dict.fromkeys(order), 1)}
-    apart = len(runs) > len(places)  # some equal blocks
-    for block, count in Counter(order).items():
-        run = next(run for run in runs if json.dumps([run["mixer"], run["ffn"]]) == block)
-        kind = run["mixer"].pop("kind")
-        name = f"({places[block]}) {count} x" if apart else f"{count} x"
-        yield f"{name} {kind}: " + "  ".join(f"{k}={v}" for k, v in run["mixer"].items())
-        layer = "  ".join(f"{k}={v}" for k, v in run["ffn"].items()) if run["ffn"] else "none"
+        block = (run["mixer"], run["ffn"])
+        if block not in different:
+            different.append(block)
+        order += [different.index(block) + 1] * run["repeat"]
+    apart = len(runs) > len(different)  # some equal blocks
+    for number, (mixer, ffn) in enumerate(different, 1):
+        name = f"({number}) {order.count(number)} x" if apart else f"{order.count(number)} x"
+        yield f"{name} {mixer['kind']}: " + "  ".join(f"{k}={v}" for k, v in mixer.items() if k != "kind")
+        layer = "  ".join(f"{k}={v}" for k, v in ffn.items()) if ffn else "none"
         yield f"{' ' * len(name)} feed-forward: {layer}"
     if apart:
-        yield "in the order " + " ".join(places[block] for block in order)
+        yield "in the order " + " ".join(map(str, order))
 
 
 def senses(encoders: Mapping[str, EncoderConfig], dim: int) -> Iterator[str]:

@@ -23,8 +23,8 @@ from retentive.files import load_tensors, write_tensors
 from retentive.models.memory import MEMORIES, AttentionMemory, ConvolutionMemory, Memory, RetentionMemory
 
 FORMAT = "retentive-state-2"
-FIRST = {RetentionMemory.kind: "state", ConvolutionMemory.kind: "rows"}
-"""Tensor in a file that tells a memory's kind; others are of attention."""
+OWN_TENSOR = {RetentionMemory.kind: "state", ConvolutionMemory.kind: "rows"}
+"""Name in a file of a tensor that only this kind of memory has; other memories are of attention."""
 
 
 @dataclass
@@ -223,7 +223,7 @@ def load_state(path: str | Path) -> State:
         raise ValueError(f"{path} holds no saved state (format {metadata.get('format')!r}, expected {FORMAT!r})")
     memories: list[Memory] = []
     for own, window, first in zip(names, windows, sinks, strict=True):
-        kind = next((kind for kind, name in FIRST.items() if name in own), AttentionMemory.kind)
+        kind = next((kind for kind, name in OWN_TENSOR.items() if name in own), AttentionMemory.kind)
         try:
             memories.append(MEMORIES[kind].read(own, window, tensors["position"], first))
         except ValueError as error:
