@@ -34,7 +34,7 @@ def notebook(monkeypatch):
         return handle
 
     package, parts = ModuleType("IPython"), ModuleType("IPython.display")
-    package.get_ipython = lambda: shell
+    package.get_ipython, package.version_info = lambda: shell, (9, 0)  # pyplot reads both when it is first imported
     parts.Image, parts.display = bytes, display
     monkeypatch.setitem(sys.modules, "IPython", package)
     monkeypatch.setitem(sys.modules, "IPython.display", parts)
