@@ -1,9 +1,10 @@
 """Softmax attention: rotary positions, grouped heads, a cache of keys and values.
 
-A strong modern baseline, computed by PyTorch's scaled_dot_product_attention. Source: Vaswani et al., arXiv 1706.03762;
-rotation as in Llama (`half`). With a window W, token i attends to tokens i - W + 1 to i (arXiv 2004.05150), and to the
-first tokens if there are sinks (StreamingLLM, arXiv 2309.17453). Moving sinks are seen by token i with a query turned
-as at position min(i, sinks + W - 1), so that their distance stops growing. With a forget gate its score of token j is
+A strong modern baseline, computed by PyTorch's scaled_dot_product_attention (SDPA), and by `ops.windows` where it can.
+Source: Vaswani et al., arXiv 1706.03762; rotation as in Llama (`half`). With a window W, token i attends to tokens
+i - W + 1 to i (arXiv 2004.05150), and to the first tokens if there are sinks (StreamingLLM, arXiv 2309.17453). Moving
+sinks are seen by token i with a query turned as at position min(i, sinks + W - 1), so that their distance stops
+growing. With a forget gate its score of token j is
 
     q_i k_j / sqrt(K) + log f_{j+1} + … + log f_i        log f_t = log sigmoid(x_t Wf + b) of each head
 
@@ -24,7 +25,7 @@ from retentive.layers.past import Layer, Span, cache_after, seen_before, spans_o
 from retentive.layers.positions import Positions, positions_of
 from retentive.layers.slots import positions_in, slot_of
 from retentive.ops import decay as decays
-from retentive.ops import rotary
+from retentive.ops import rotary, windows
 from retentive.ops.rows import rotate
 
 ROWS = 1024
@@ -108,7 +109,7 @@ class Attention(nn.Module):
         elif cache is not None and torch.is_grad_enabled():
             o, cache = self._continued(q_BTHK, new, cache, spans_of(positions, phases.starts, x.shape[1]))
         elif positions.cu_seqlens is not None:
-            o, cache = self._packed(q_BTHK, new, cache, positions.cu_seqlens.tolist(), phases.starts)
+            o, cache = self._packed(q_BTHK, new, cache, positions.cu_seqlens, phases.starts)
         elif cache is None and positions.valid is None:
             o, cache = self._whole(q_BTHK, new), self._last(new)
         else:
@@ -168,13 +169,25 @@ class Attention(nn.Module):
         return o.transpose(1, 2)[..., : self.K]
 
     def _whole(self, q: Tensor, new: Layer) -> Tensor:
-        """Attends within a whole text from its first token: causal, by SDPA's fast path, limited by the window."""
+        """Attends within a whole text from its first token: causal, limited by the window."""
+        if self._compiled(q, new):
+            return self._windows(q, new)
         most, T = self.slots, q.shape[1]
         if not most or most >= T:  # the first so many tokens see all before them
             k, v, *gates = new
             return self._attend(q[..., : self.K], k, v, *map(_after, gates), causal=True)
         first = self._whole(q[:, :most], tuple(x[:, :most] for x in new))
         return torch.cat((first, self._banded(q[:, most:], new)), 1)
+
+    def _compiled(self, q: Tensor, new: Layer) -> bool:
+        """True if `_windows` can attend within whole texts: it knows no sinks."""
+        return bool(self.window) and not self.sinks and windows.compiled(q, *new[:2])
+
+    def _windows(self, q: Tensor, new: Layer, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Attends within whole texts in C."""
+        k, v, *gates = new
+        gate, scale = (gates[0], 1.0) if gates else (None, self.K**-0.5)  # with a gate q is scaled, see `phases`
+        return windows.attend(q, k, v, gate, self.window, scale, cu_seqlens)
 
     def _banded(self, q: Tensor, laid: Layer, at_BL: Tensor | None = None) -> Tensor:
         """Attends with queries `[B,T,H,K]` to `laid` `[B,sinks+W+T,…]`: the sinks, the W tokens before the first query,
@@ -280,12 +293,15 @@ class Attention(nn.Module):
         return torch.cat(out, 1)
 
     def _packed(
-        self, q: Tensor, new: Layer, cache: Layer | None, cu: list[int], starts: list[int]
+        self, q: Tensor, new: Layer, cache: Layer | None, cu_seqlens: Tensor, starts: list[int]
     ) -> tuple[Tensor, Layer | None]:
         """Attends sequence by sequence: on CPUs SDPA has no packed form, and one masked call is quadratic in all of T.
 
         No cache is kept in training unless one is given: padded to the longest sequence, it is larger than the batch.
         """
+        if cache is None and self.training and self._compiled(q, new):
+            return self._windows(q, new, cu_seqlens), None
+        cu = cu_seqlens.tolist()
         spans = list(zip(cu[:-1], cu[1:], starts, strict=True))
         if cache is None and self.training:
             return self.within(q, new, [Span(*each) for each in spans], {}), None

@@ -17,8 +17,8 @@ from retentive.ops.compiler import FLAGS, NotBuilt, Source, load
 from retentive.ops.ring import Ring
 
 FOLDER = Path(__file__).with_name("c")
-# the second unit is for rows.py
-SOURCE = Source("cpu", (FOLDER / "cpu.c", FOLDER / "rows.c"), (FOLDER,), (*FLAGS, "-fopenmp"))
+UNITS = ("cpu.c", "rows.c", "windows.c")  # for this file, rows.py and windows.py
+SOURCE = Source("cpu", tuple(FOLDER / name for name in UNITS), (FOLDER,), (*FLAGS, "-fopenmp"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUP = 4
 """Chunks per checkpoint, a state that the forward pass keeps for the backward pass."""
@@ -85,7 +85,7 @@ def _chunks(cu_seqlens: Tensor | None, B: int, T: int, span: int) -> tuple[Tenso
     return begin, groups.cumsum(0) - groups, most
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """Returns x [B,T,H,n] with [H,n] contiguous and a constant stride between all B * T tokens, copied if necessary."""
     B, T, H, n = x.shape
     if T == 1:  # the stride of a single token may be anything
@@ -132,7 +132,7 @@ def forward(
     """Returns (o `[B,T,H,V]`, state `[N,H,K,V]`, checkpoints). Checkpoints are empty unless `keep`, for a backward."""
     B, T, H, K = q.shape
     begin, first, most = _chunks(cu_seqlens, B, T, chunk_size * GROUP)
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = rows_of(q), rows_of(k), rows_of(v)
     o = torch.empty(v.shape, dtype=v.dtype)
     final, checkpoints = torch.empty(state.shape), torch.empty(most if keep else 0, H, K, v.shape[-1])
     _run(
@@ -164,7 +164,7 @@ def cpu_backward(
     if not checkpoints.numel():
         raise ValueError("retentive::cpu kept no states for a backward pass: call it with keep=True")
     begin, first, _ = _chunks(cu_seqlens, q.shape[0], q.shape[1], chunk_size * GROUP)
-    q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
+    q, k, v, do = rows_of(q), rows_of(k), rows_of(v), rows_of(do)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     dlog_decay = torch.empty(log_decay.shape if log_decay.ndim == 3 else 0)
     dinitial = torch.empty(state.shape)

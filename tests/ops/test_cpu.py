@@ -78,19 +78,6 @@ PAIRS = {"no-tiles": 1}
 """How each multiplies pairs: 0 not at all, 1 in vectors, 2 in tiles."""
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """`compiled(flags)` returns the library built once with `flags` instead of -march=native."""
-    folder = tmp_path_factory.mktemp("cpu")
-
-    @functools.cache
-    def build(*flags: str) -> ctypes.CDLL:
-        source = replace(module.SOURCE, flags=(*module.SOURCE.flags, *flags))
-        return ctypes.CDLL(str(compiler.build(source, ["gcc"], folder)))
-
-    return build
-
-
 @pytest.fixture(params=["native", *PORTABLE])
 def library(request, monkeypatch, compiled):
     """Runs the test with this machine's library, and with those for other CPUs that this one can run."""
@@ -445,15 +432,15 @@ def test_memory_layout_does_not_matter(decay, dtype, rows, layout, same):
 
 
 def test_no_copy_is_made_of_a_fused_projection(monkeypatch):
-    """Nor of anything else whose tokens are evenly spaced, which is the purpose of `_rows`."""
+    """Nor of anything else whose tokens are evenly spaced, which is the purpose of `rows_of`."""
     tensors = fused(*inputs(2, 70, 3, 6, 5, dtype=torch.float32))
     for x in tensors[:3]:
-        assert module._rows(x).data_ptr() == x.data_ptr()
+        assert module.rows_of(x).data_ptr() == x.data_ptr()
     x = torch.randn(2, 70, 3, 6)
     for view in (x[:, ::2], x[:, :, 1:], x[:1, 1:], x[:1, :1].expand(1, 70, 3, 6), x[:1, :1].expand(2, 70, 3, 6)):
-        assert module._rows(view).data_ptr() == view.data_ptr()
+        assert module.rows_of(view).data_ptr() == view.data_ptr()
     for view in (x[:, 1:], x[..., 1:], x[..., ::2], x.transpose(1, 2)):
-        assert module._rows(view).is_contiguous() and torch.equal(module._rows(view), view)
+        assert module.rows_of(view).is_contiguous() and torch.equal(module.rows_of(view), view)
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 1, 4, 4), (2, 33, 3, 16, 16)], ids=["H1", "H3"])
