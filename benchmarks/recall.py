@@ -1,14 +1,19 @@
-"""`python -m benchmarks recall`: multi-query associative recall, the weakest test of states of constant size.
+"""`python -m benchmarks recall`: associative recall and copying, the weakest tests of states of constant size.
 
-A row names n pairs of a key and a value, drawn anew for every row, and then asks for every key once:
+`pairs`: a row names n pairs of a key and a value, drawn anew for every row, and then asks for every key once:
 
     k1 v1 k2 v2 … kn vn   k7 v7 k2 v2 …        only the values of the second part are predicted
 
-A row holds everything that its answers need. Each training step has rows of one number of pairs: at first only the
-smallest, then larger numbers join one after another. Attention that gets all numbers at once does not learn to look up
-keys. From four pairs it learns this in some thousand steps. Accuracy is measured for each number.
+`copy`: a row is a random string of n tokens, a mark, and the same string again, which is predicted:
 
-Source: Arora et al., Zoology, arXiv 2312.04927, whose queries lie further apart.
+    a b c … z # a b c … z
+
+A row holds everything that its answers need. Each training step has rows of one n: at first only the smallest, then
+larger ones join one after another. Attention that gets all numbers at once does not learn to look up keys. From four
+pairs it learns this in some thousand steps. Accuracy is measured for each n.
+
+Sources: Arora et al., Zoology, arXiv 2312.04927, whose queries lie further apart; Jelassi et al., Repeat After Me,
+arXiv 2402.01032.
 """
 
 import json
@@ -43,12 +48,16 @@ GROWING = 0.5
 """Share of the steps after which all numbers of pairs are in use."""
 FEW, LEARNED = 4, 0.9
 """Every model here has room for FEW pairs: an accuracy on them below LEARNED means that it did not learn the task."""
+MARK = 0
+"""Token between a string and its copy; the string has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Associative recall: small models trained to answer from pairs of keys and values earlier in the row."""
 
+    task: str = "pairs"
+    """pairs: pairs of keys and values; copy: strings to repeat."""
     out: Path = Path("runs/recall")
     """Folder of the models; existing ones are not trained again."""
     variants: tuple[str, ...] = ("retnet", "retnet-paper", "no-decay", "hybrid-window", "transformer")
@@ -56,7 +65,7 @@ class Options:
     dims: tuple[int, ...] = (64,)
     """Widths of the models, which have two layers."""
     pairs: tuple[int, ...] = PAIRS
-    """Pairs in a row."""
+    """Pairs in a row; tokens of a string to copy."""
     steps: int = 6000
     """Training steps."""
     tokens: int = 4096
@@ -68,18 +77,23 @@ class Options:
 class Rows:
     """The batches of training: `rows[step]` has rows of one number of pairs, a pure function of (seed, step)."""
 
-    def __init__(self, *, tokens: int, steps: int, pairs: Sequence[int] = PAIRS, seed: int = 0):
-        self.tokens, self.pairs, self.seed = tokens, sorted(pairs), seed
+    def __init__(self, *, tokens: int, steps: int, task: str = "pairs", pairs: Sequence[int] = PAIRS, seed: int = 0):
+        self.tokens, self.task, self.pairs, self.seed = tokens, task, sorted(pairs), seed
         self.grown = max(int(GROWING * steps), 1)
         """Steps until all numbers of pairs are in use."""
-        self.length = sum(4 * n - 1 for n in pairs) // len(pairs)
+        self.length = sum(length(task, n) - 1 for n in pairs) // len(pairs)
         """Mean length of a row, for counting the FLOPs of a step."""
 
     def __getitem__(self, step: int) -> Batch:
         there = min(1 + step * len(self.pairs) // self.grown, len(self.pairs))
         n = self.pairs[step % there]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        return rows(n, max(self.tokens // (4 * n), 1), generator)
+        return TASKS[self.task](n, max(self.tokens // length(self.task, n), 1), generator)
+
+
+def length(task: str, n: int) -> int:
+    """Tokens of a row with its last answer."""
+    return 4 * n if task == "pairs" else 2 * n + 1
 
 
 def rows(n: int, count: int, generator: torch.Generator) -> Batch:
@@ -96,13 +110,28 @@ def rows(n: int, count: int, generator: torch.Generator) -> Batch:
     return Batch(ids[:, :-1], targets, None, None)
 
 
+def copies(n: int, count: int, generator: torch.Generator) -> Batch:
+    """Make `count` rows of a string of n tokens and its copy: ids and targets `[B,2n]`; only the copy is a target."""
+    string = torch.randint(MARK + 1, KEYS + VALUES, (count, n), generator=generator)
+    ids = torch.cat((string, torch.full((count, 1), MARK), string), 1)
+    targets = ids[:, 1:].clone()
+    targets[:, :n] = IGNORE
+    return Batch(ids[:, :-1], targets, None, None)
+
+
+TASKS = {"pairs": rows, "copy": copies}
+UNITS = {"pairs": "pairs", "copy": "tokens"}
+
+
 @torch.no_grad()
-def accuracy(model: LanguageModel, n: int, *, asked: int = ASKED, seed: int = 10**6) -> tuple[float, int]:
+def accuracy(
+    model: LanguageModel, n: int, *, task: str = "pairs", asked: int = ASKED, seed: int = 10**6
+) -> tuple[float, int]:
     """(share of answers that are the likeliest token, number of answers), over rows not seen in training."""
     generator = torch.Generator().manual_seed(seed + n)  # above the seeds of training, which are its steps
     right = total = 0
     while total < asked:
-        batch = rows(n, max(4096 // (4 * n), 1), generator)
+        batch = TASKS[task](n, max(4096 // length(task, n), 1), generator)
         where = batch.targets != IGNORE
         x, _ = model.hidden(batch.ids.to(model.device))
         found = model.head(x[where.to(x.device)]).argmax(-1).cpu()
@@ -121,12 +150,15 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """
     variants, dims, pairs, steps = words(options.variants), options.dims, options.pairs, options.steps
     known(variants, VARIANTS, "variant")
+    known([options.task], TASKS, "task")
     at_least_one(options, "pairs", "dims", "steps", "tokens")
     if not options.lrs:
         raise ValueError("lrs has no learning rate: give one or more")
-    if max(pairs) > KEYS:
+    if options.task == "pairs" and max(pairs) > KEYS:
         raise ValueError(f"there are {KEYS} keys, too few for {max(pairs)} pairs")
     trained = {"pairs": list(pairs), "steps": steps, "tokens_per_step": options.tokens, "growing": GROWING}
+    if options.task != "pairs":  # folders of before name no task
+        trained["task"] = options.task
     found = []
     for dim, variant in product(dims, variants):
         shape = dict(dim=dim, layers=2, heads=2)
@@ -135,13 +167,13 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         for lr in options.lrs:
             folder = options.out / f"{variant}_{dim}_lr{lr:g}"
             model = trained_model(config, folder, trained | {"lr": lr})
-            by_rate[lr] = scores = {str(n): accuracy(model, n)[0] for n in pairs}
-            shares = ", ".join(f"{n} pairs {share:.1%}" for n, share in scores.items())
+            by_rate[lr] = scores = {str(n): accuracy(model, n, task=options.task)[0] for n in pairs}
+            shares = ", ".join(f"{n} {UNITS[options.task]} {share:.1%}" for n, share in scores.items())
             say(f"{variant}, width {dim}, lr {lr:g}: {shares}")
         best = max(by_rate, key=lambda lr: sum(by_rate[lr].values()))
         row: dict[str, Any] = {"variant": variant, "dim": dim, "parameters": cost.parameters(config), "lr": best}
         # the cost formulas do not know the peers
-        remembers = None if config.library else cost.memory_bytes(config, 4 * max(pairs))
+        remembers = None if config.library else cost.memory_bytes(config, length(options.task, max(pairs)))
         found.append(row | {"memory_bytes": remembers, "accuracy": by_rate[best]})
     return {
         "what": "associative recall",
@@ -149,7 +181,8 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         "device": pick_device("auto").type,
         **trained,
         "lrs": list(options.lrs),
-        "chance": 1 / VALUES,
+        "task": options.task,
+        "chance": 1 / VALUES if options.task == "pairs" else 1 / (KEYS + VALUES - 1),
         "answers": ASKED,
         "rows": found,
     }
@@ -168,7 +201,8 @@ def trained_model(config: Config, folder: Path, options: dict[str, Any]) -> Lang
     )
     torch.manual_seed(0)
     model = build(config)
-    rows = Rows(tokens=options["tokens_per_step"], steps=steps, pairs=options["pairs"])
+    task = options.get("task", "pairs")
+    rows = Rows(tokens=options["tokens_per_step"], steps=steps, task=task, pairs=options["pairs"])
     directory = RunDirectory(folder, record={"recall": options}, existing="resume")
     train(model, rows, language_modelling, how, directory, Hooks(quiet=True))
     return model.eval()
@@ -191,8 +225,9 @@ def learned(row: dict[str, Any]) -> bool:
 def table(result: dict[str, Any]) -> str:
     """The rows as a Markdown table, and below it the models that did not learn the task."""
     pairs = list(result["rows"][0]["accuracy"])
-    longest = 4 * max(int(n) for n in pairs)
-    heads = ["width", "variant", "parameters", "lr", f"memory, {longest} tokens", *(f"{n} pairs" for n in pairs)]
+    task = result.get("task", "pairs")
+    longest, unit = length(task, max(int(n) for n in pairs)), UNITS[task]
+    heads = ["width", "variant", "parameters", "lr", f"memory, {longest} tokens", *(f"{n} {unit}" for n in pairs)]
     lines = []
     for row in result["rows"]:
         memory = "–" if row["memory_bytes"] is None else decimal(row["memory_bytes"])
@@ -202,7 +237,7 @@ def table(result: dict[str, Any]) -> str:
     if not unlearned:
         return markdown(heads, lines)
     return f"{markdown(heads, lines)}\n\n" + (
-        f"- {', '.join(unlearned)}: wrong even about {FEW} pairs or fewer, so not trained to the end in "
+        f"- {', '.join(unlearned)}: wrong even about {FEW} {unit} or fewer, so not trained to the end in "
         f"{result['steps']:,} steps at these rates. These rows tell of training, not of memory."
     )
 
@@ -220,7 +255,8 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
             name: look | {"linestyle": "-" if learned(rows[name]) else ":", "markersize": max(13 - 2 * n, 4)}
             for n, (name, look) in enumerate(zip(rows, LOOKS, strict=False))  # equal curves all stay visible
         }
-        panel(axis, points, names, "right", "answers that are right", "pairs to remember", percent=True, looks=looks)
+        label = f"{UNITS[result.get('task', 'pairs')]} to remember"
+        panel(axis, points, names, "right", "answers that are right", label, percent=True, looks=looks)
         axis.set_title(f"width {dim}, two layers", fontsize=9)
     legend(figure, axes)
     figure.savefig(path, dpi=120, format="png")

@@ -135,6 +135,7 @@ VARIANTS = {
     "hybrid-retention-no-rotation": Variant("hybrid", always(rotary="none"), "without rotation in retention"),
     "hybrid-third": Variant("hybrid", always(attention_every=3), "every third block attends"),
     "hybrid-fourth": Variant("hybrid", always(attention_every=4), "every fourth block attends"),
+    "hybrid-64": Variant("hybrid", always(attention_window=64), "windows of 64 tokens"),
     "hybrid-128": Variant("hybrid", always(attention_window=128), "windows of 128 tokens"),
     "hybrid-512": Variant("hybrid", always(attention_window=512), "windows of 512 tokens"),
     "hybrid-small-heads": Variant("hybrid", small_heads, "four times as many heads as the RetNet of the size"),

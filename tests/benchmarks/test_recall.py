@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import recall
-from benchmarks.recall import KEYS, VALUES, Options, Rows, accuracy, rows
+from benchmarks.recall import KEYS, MARK, VALUES, Options, Rows, accuracy, copies, rows
 from retentive.models import LanguageModel
 from retentive.ops.cross_entropy import IGNORE
 
@@ -20,6 +20,15 @@ def test_every_key_is_asked_for_once_and_its_value_is_wanted(n):
         assert len(named) == n and all(0 <= k < KEYS <= v < KEYS + VALUES for k, v in named.items())
         asked = {ids[t]: targets[t] for t in range(4 * n - 1) if targets[t] != IGNORE}
         assert asked == named
+
+
+@pytest.mark.parametrize("n", [1, 40])
+def test_the_string_after_the_mark_is_wanted_again(n):
+    batch = copies(n, 9, torch.Generator().manual_seed(0))
+    assert batch.ids.shape == batch.targets.shape == (9, 2 * n)
+    for ids, targets in zip(batch.ids.tolist(), batch.targets.tolist(), strict=True):
+        assert ids[n] == MARK and MARK not in ids[:n] and max(ids) < KEYS + VALUES
+        assert targets == [IGNORE] * n + ids[:n]
 
 
 def test_rows_are_a_function_of_seed_and_step():
@@ -82,11 +91,20 @@ def test_a_small_model_learns_two_pairs(tmp_path, lines, monkeypatch):
     assert list(lines) == ["retnet, not trained to the end"]
 
 
+def test_a_small_model_learns_to_copy_one_token(tmp_path, monkeypatch):
+    monkeypatch.setattr(recall, "KEYS", 4)
+    monkeypatch.setattr(recall, "VALUES", 4)
+    how = dict(task="copy", variants=("retnet",), dims=(32,), pairs=(1,), tokens=256, lrs=(1e-2,), steps=100)
+    result = measured(tmp_path, **how)
+    assert result["rows"][0]["accuracy"]["1"] > 0.95 and result["chance"] == 1 / 7
+    assert "1 tokens" in recall.table(result)
+
+
 def test_a_model_that_was_trained_otherwise_is_not_taken(tmp_path, refuses):
     how = dict(variants=("transformer",), dims=(16,), pairs=(2,), steps=2, tokens=64, lrs=(1e-2,))
     measured(tmp_path, **how)
     kept = (tmp_path / "transformer_16_lr0.01" / "train.json").read_text()
-    for change in (dict(pairs=(4,)), dict(steps=3), dict(tokens=128)):
+    for change in (dict(pairs=(4,)), dict(steps=3), dict(tokens=128), dict(task="copy")):
         with refuses("was trained otherwise"):
             measured(tmp_path, **how | change)
     assert (tmp_path / "transformer_16_lr0.01" / "train.json").read_text() == kept
@@ -95,6 +113,7 @@ def test_a_model_that_was_trained_otherwise_is_not_taken(tmp_path, refuses):
 @pytest.mark.parametrize(
     ("how", "words"),
     [(dict(variants=("lstm",)), "unknown variant 'lstm'"), (dict(pairs=(300,)), "there are 64 keys, too few for 300"),
+     (dict(task="sort"), "unknown task 'sort'"),
      (dict(steps=0), "`steps=0`: must be at least 1"), (dict(lrs=()), "lrs has no learning rate")],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(how, words, tmp_path, refuses):
