@@ -3,6 +3,7 @@
 A step is forward, loss, backward and optimiser, over the same tokens in the same precision. The models are interleaved.
 The correctness gate: the forms of the timed RetNet must agree. Memory is the peak of a separate process during a step,
 including weights and optimiser, above its memory before the model was made (on a GPU: memory of the allocator).
+With `profile` the time of a step is divided among its parts (`lab/parts.py`).
 
     python -m retentive.bench.training '{"name": "retnet", …}'     one line of JSON: the memory of one model
 """
@@ -22,7 +23,8 @@ from rich.filesize import decimal
 from retentive import machine
 from retentive.bench.lab import clock, models, neighbour
 from retentive.bench.lab.options import OnDevice, Say, Sized, silent
-from retentive.bench.lab.plot import grid, legend, panel
+from retentive.bench.lab.parts import OTHER, PARTS, parts
+from retentive.bench.lab.plot import grid, legend, panel, tokens
 from retentive.models import LanguageModel, ModelConfig, cost
 from retentive.ops.cross_entropy import cross_entropy
 from retentive.options import at_least_one, known
@@ -96,6 +98,8 @@ class Options(OnDevice, Sized):
     """Timed steps of each model, interleaved; the best counts."""
     patience: float = 60
     """Seconds: a model whose step takes longer is timed only once."""
+    profile: bool = False
+    """Also divide each step's time among its parts: matrix products, retention, passes over memory."""
     neighbour: bool = False
     """Also time the RetNet, at the first length, beside one other busy process."""
 
@@ -117,7 +121,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     for step in steps:
         row: dict[str, Any] = {"length": step.length, "batch": step.batch}
         # times first, in this process; then memory, in separate processes without others beside them
-        row |= interleaved(names, step, options.repeats, options.patience)
+        row |= interleaved(names, step, options.repeats, options.patience, options.profile)
         gc.collect()
         machine.free_memory(device)  # gives back memory that the next processes need
         for name in names:
@@ -142,8 +146,10 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     return result
 
 
-def interleaved(names: Sequence[str], step: Step, repeats: int, patience: float) -> dict[str, dict[str, Any]]:
-    """Returns the best and median seconds per step, tokens/s and the fraction of the GEMM rate of each model."""
+def interleaved(
+    names: Sequence[str], step: Step, repeats: int, patience: float, profile: bool
+) -> dict[str, dict[str, Any]]:
+    """Returns the best and median seconds per step, tokens/s, the fraction of the GEMM rate and parts of each model."""
     device = torch.device(step.device)
     # all in memory at once, since their steps are interleaved
     trainers = {name: Trainer(name, step) for name in names}
@@ -163,6 +169,8 @@ def interleaved(names: Sequence[str], step: Step, repeats: int, patience: float)
             "parameters": cost.parameters(model.config),
             "fraction_of_gemm_rate": rate * cost.training_flops_per_token(model.config, step.length) / gemm,
         }
+        if profile:
+            results[name]["parts"] = parts(runs[name], device, gemm)
     return results
 
 
@@ -190,11 +198,35 @@ def table(result: dict[str, Any]) -> str:
         cells += [f"{rates['retnet'] / rates[name]:.2f}x" for name in names[1:]]
         cells += [decimal(row[name]["peak_bytes"]) if "peak_bytes" in row[name] else "–" for name in names]
         lines.append([*cells, *(f"{row[name]['fraction_of_gemm_rate']:.0%}" for name in names)])
-    if "neighbour" not in result:
-        return markdown(heads, lines)
-    beside = result["neighbour"]
-    of = f"a training step of RetNet ({beside['batch']} x {beside['length']:,} tokens)"
-    return f"{markdown(heads, lines)}\n\n{neighbour.note(beside, of)}"
+    tables = [markdown(heads, lines), *_parts_table(result)]
+    if "neighbour" in result:
+        beside = result["neighbour"]
+        of = f"a training step of RetNet ({beside['batch']} x {beside['length']:,} tokens)"
+        tables.append(neighbour.note(beside, of))
+    return "\n\n".join(tables)
+
+
+def _profiled(result: dict[str, Any]) -> list[tuple[int, str, dict[str, Any]]]:
+    """Returns (length, model, parts) of all steps that were profiled."""
+    names = _names(result)
+    return [(row["length"], n, row[n]["parts"]) for row in result["rows"] for n in names if "parts" in row[n]]
+
+
+def _parts_table(result: dict[str, Any]) -> list[str]:
+    """Returns a table of the parts of each step; none without a profile."""
+    found = _profiled(result)
+    heads = ["length", "model", *_shared(found), "matrix products: of the GEMM rate", "written by the others"]
+    lines = []
+    for length, name, part in found:
+        shares = (f"{part['shares'].get(kind, 0):.0%}" for kind in _shared(found))
+        lines.append([f"{length:,}", models.NAMES[name], *shares])
+        lines[-1] += [f"{part['of_the_gemm_rate']:.0%}", decimal(part["written"])]
+    return [markdown(heads, lines)] if found else []
+
+
+def _shared(found: list[tuple[int, str, dict[str, Any]]]) -> list[str]:
+    """Returns the parts that any step has."""
+    return [kind for kind in (*PARTS, OTHER) if any(kind in part["shares"] for *_, part in found)]
 
 
 def _names(result: dict[str, Any]) -> list[str]:
@@ -203,7 +235,11 @@ def _names(result: dict[str, Any]) -> list[str]:
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
-    """Writes a PNG: tokens/s and memory against length."""
+    """Writes a PNG: tokens/s and memory against length, or the parts of each step if they were measured."""
+    found = _profiled(result)
+    if found:
+        _plot_parts(found, path, title=title)
+        return
     figure, axes = grid(title, 1, 2)
     points = [(row["length"], row) for row in result["rows"]]
     names = {name: models.NAMES[name] for name in _names(result)}
@@ -213,6 +249,22 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     ):
         panel(axis, points, names, key, label, "length (tokens)", unit=unit, looks=models.LOOKS)
     legend(figure, axes)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _plot_parts(found: list[tuple[int, str, dict[str, Any]]], path: str | Path, *, title: str) -> None:
+    """Writes a PNG: a bar for each step, divided by parts."""
+    figure, axes = grid(title, 1, 1, size=(9, 1 + 0.55 * len(found)))
+    axis, left = axes[0, 0], [0.0] * len(found)
+    for n, kind in enumerate(_shared(found)):
+        widths = [100 * part["shares"].get(kind, 0) for *_, part in found]
+        axis.barh(range(len(found)), widths, left=left, color=f"C{n % 10}", hatch="//" if n > 9 else None, label=kind)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axis.set_yticks(range(len(found)), [f"{models.NAMES[name]}, {tokens(length)}" for length, name, _ in found])
+    axis.invert_yaxis()
+    axis.set_xlim(0, 100)
+    axis.set_xlabel("time of a step (%)")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     figure.savefig(path, dpi=120, format="png")
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from retentive.bench import training
+from retentive.bench.lab.parts import part_of
 from retentive.bench.training import Options
 from retentive.models import cost, retnet, twin
 from retentive.ops import backends
@@ -131,6 +132,33 @@ def test_the_picture_shows_both_models(tmp_path, lines):
     rates = [row["retnet"]["tokens_per_second"] for row in result["rows"]]
     assert set(lines) == {"RetNet", "Transformer twin"}
     assert lines["RetNet"] == [([16, 40], rates), ([16, 40], [1.0, 1.0])]
+
+
+def test_a_profile_divides_the_time_of_each_step(tmp_path):
+    result = measured(profile=True, lengths=(16,), models=("retnet", "hybrid"))
+    assert json.loads(json.dumps(result)) == result
+    for name in ("retnet", "hybrid"):
+        part = result["rows"][0][name]["parts"]
+        assert sum(part["shares"].values()) == pytest.approx(1) and part["written"] > 0
+        assert {"matrix products", "retention", "norms", "optimiser"} <= part["shares"].keys()
+        assert ("convolutions" in part["shares"]) == (name == "hybrid")
+        assert 0 < part["of_the_gemm_rate"] < 1  # of the made-up rate
+    table = training.table(result).split("\n\n")[1]
+    assert table.startswith("| length | model | matrix products | retention |") and table.count("\n") == 3
+    training.plot(result, tmp_path / "a.png", title="t")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("aten::mm", "matrix products"), ("autograd::engine::evaluate_function: MmBackward0", "other"),
+     ("retentive::cpu_backward", "retention"), ("GeneratedBackwardFor_retentive_cpu_default", "retention"),
+     ("_RMSNormBackward", "norms"), ("aten::add_", "sums"), ("aten::addmm", "matrix products"),
+     ("aten::_fused_adamw_", "optimiser"), ("aten::embedding_dense_backward", "loss"),
+     ("_GatedBackward", "activations"), ("aten::scaled_dot_product_attention", "attention"), ("aten::view", "other")],
+)  # fmt: skip
+def test_parts_by_name(name, part):
+    assert part_of(name) == part
 
 
 def test_what_it_keeps_beside_a_neighbour_stands_in_the_file_and_under_the_table(monkeypatch):
