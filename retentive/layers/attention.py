@@ -26,7 +26,7 @@ from retentive.layers.positions import Positions, positions_of
 from retentive.layers.slots import positions_in, slot_of
 from retentive.ops import decay as decays
 from retentive.ops import rotary, windows
-from retentive.ops.rows import rotate
+from retentive.ops.rows import gated, rotate
 
 ROWS = 1024
 """Queries that attend in one call where each needs a mask, whose memory is ROWS times the keys."""
@@ -116,7 +116,7 @@ class Attention(nn.Module):
             o, cache = self._cached(q_BTHK, new, cache, positions, phases.starts)
         o = o.flatten(-2)
         if self.g_proj is not None:
-            o = torch.sigmoid(self.g_proj(x)) * o
+            o = gated(self.g_proj(x), o, "sigmoid")
         return self.out_proj(o), cache
 
     def _feature(self, y: Tensor, norm: RMSNorm | None, phases: Phases, scale: Tensor | None = None) -> Tensor:

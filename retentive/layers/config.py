@@ -8,16 +8,13 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
-
 from retentive.ops import decay as decays
 from retentive.ops import rotary as rotaries
 
-GATES = {"swish": F.silu, "sigmoid": torch.sigmoid}
-"""Activations of the gate on the head outputs, by name in configs."""
-ACTIVATIONS = {"swish": F.silu, "gelu": F.gelu}
-"""Activations of the feed-forward layer, by name in configs."""
+GATES = ("swish", "sigmoid")
+"""Activations of the gate on the head outputs, see `ops.rows.ACTIVATIONS`."""
+ACTIVATIONS = ("swish", "gelu")
+"""Activations of the feed-forward layer."""
 LIMITS = {"vocab_size": 2**24, "layers": 10_000}
 LIMIT = 2**20
 """Limit of all other whole numbers. A larger value is a typing error, and building the model would take all memory."""

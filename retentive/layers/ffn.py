@@ -5,7 +5,8 @@ Source: Shazeer, arXiv 2002.05202. torchscale's RetNet calls the three matrices 
 
 from torch import Tensor, nn
 
-from retentive.layers.config import ACTIVATIONS, FeedForwardConfig
+from retentive.layers.config import FeedForwardConfig
+from retentive.ops.rows import ACTIVATIONS, gated
 
 
 class FeedForward(nn.Module):
@@ -14,11 +15,11 @@ class FeedForward(nn.Module):
     def __init__(self, D: int, config: FeedForwardConfig):
         super().__init__()
         self.config, width = config, config.width
-        self.activation = ACTIVATIONS[config.activation]
         self.gate_proj = nn.Linear(D, width, bias=False)
         self.up_proj = nn.Linear(D, width, bias=False) if config.gate else None
         self.down_proj = nn.Linear(width, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.activation(self.gate_proj(x))
-        return self.down_proj(y if self.up_proj is None else y * self.up_proj(x))
+        g, activation = self.gate_proj(x), self.config.activation
+        y = ACTIVATIONS[activation](g) if self.up_proj is None else gated(g, self.up_proj(x), activation)
+        return self.down_proj(y)

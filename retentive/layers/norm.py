@@ -10,12 +10,24 @@ from retentive.ops.rows import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """`[..., width]` -> same shape, each row with root mean square 1. Computed in float32 or wider, in x's dtype."""
+    """`[..., width]` -> same shape, each row with root mean square 1. Computed in float32 or wider, in x's dtype.
 
-    def __init__(self, width: int, *, eps: float, affine: bool = True):
+    Args:
+        before_products: products alone read the result. Under autocast it has the dtype in which they multiply, instead
+            of a copy for each of them.
+    """
+
+    def __init__(self, width: int, *, eps: float, affine: bool = True, before_products: bool = False):
         super().__init__()
-        self.width, self.eps = width, eps
+        self.width, self.eps, self.before_products = width, eps, before_products
         self.weight = nn.Parameter(torch.ones(width)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self._dtype(x))
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        """Returns the dtype of the result."""
+        device = x.device.type
+        if not self.before_products or x.dtype != torch.float32 or not torch.amp.is_autocast_available(device):
+            return x.dtype
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from retentive.layers.config import GATES, RetentionConfig
+from retentive.layers.config import RetentionConfig
 from retentive.layers.norm import RMSNorm
 from retentive.layers.positions import Positions, positions_of
 from retentive.ops import Ring, retention, rotary
 from retentive.ops import decay as decays
-from retentive.ops.rows import rotate
+from retentive.ops.rows import gated, rotate
 from retentive.options import check_names
 
 
@@ -197,7 +197,7 @@ class MultiScaleRetention(nn.Module):
         if self.head_norm is not None and self.config.head_norm_joint:
             o = self.head_norm(o)
         if self.g_proj is not None:
-            o = GATES[self.config.gate_activation](self.g_proj(x)) * o
+            o = gated(self.g_proj(x), o, self.config.gate_activation)
         return self.out_proj(o)
 
     def _feature(self, x: Tensor, proj: nn.Linear, norm: RMSNorm | None, bias: Tensor | None) -> Tensor:

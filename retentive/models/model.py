@@ -35,9 +35,9 @@ class Block(nn.Module):
     def __init__(self, config: BlockConfig, *, norm_eps: float, dropout: float):
         super().__init__()
         self.kind, self.dropout, D = config.mixer.kind, dropout, config.mixer.dim
-        self.add_module(f"{self.kind}_norm", RMSNorm(D, eps=norm_eps))
+        self.add_module(f"{self.kind}_norm", RMSNorm(D, eps=norm_eps, before_products=True))
         self.add_module(self.kind, LAYERS[self.kind](config.mixer))
-        self.ffn_norm = RMSNorm(D, eps=norm_eps) if config.ffn else None
+        self.ffn_norm = RMSNorm(D, eps=norm_eps, before_products=True) if config.ffn else None
         self.ffn = FeedForward(D, config.ffn) if config.ffn else None
 
     @property

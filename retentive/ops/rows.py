@@ -1,7 +1,8 @@
-"""Row-wise operations of a model: RMSNorm, rotation and scale of q and k, short convolutions, softmax loss.
+"""Row-wise operations of a model: RMSNorm, rotation and scale of q and k, gates, short convolutions, softmax loss.
 
     rms_norm(x)     = x / sqrt(mean(x^2) + eps) * weight
     rotate(x)       = scale * rotary.rotate(x)
+    gated(g, x)     = activation(g) * x
     convolve(x)_t   = sum_i weight_{n-1-i} * x_{t-i}
     softmax_loss(x) = -log softmax(x)[target], and its gradient
 
@@ -25,13 +26,19 @@ from retentive.ops.transforms import transformed
 class Norm(ctypes.Structure):
     """struct Norm of c/rows.c."""
 
-    _fields_ = struct("rows n dtype weight_dtype threads", "x weight dy y dx scale dweight", real="eps")
+    _fields_ = struct("rows n dtype y_dtype weight_dtype threads", "x weight dy y dx scale dweight", real="eps")
 
 
 class Rotate(ctypes.Structure):
     """struct Rotate of c/rows.c."""
 
     _fields_ = struct("tokens T H K dtype half phase_rows scale_rows stride threads", "x cos sin scale y", real="sign")
+
+
+class Gated(ctypes.Structure):
+    """struct Gated of c/rows.c."""
+
+    _fields_ = struct("numbers dtype swish threads", "g x dy y dg dx")
 
 
 class Convolve(ctypes.Structure):
@@ -68,24 +75,27 @@ def _call(function: str, call: ctypes.Structure) -> None:
 # ---- RMSNorm ----
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Normalises x `[..., n]` over its last dimension and multiplies it by `weight` `[n]` if given; in the dtype of x.
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """Normalises x `[..., n]` over its last dimension and multiplies it by `weight` `[n]` if given.
+
+    The result is rounded to `dtype`, by default that of x.
 
     Source: Zhang and Sennrich, arXiv 1910.07467.
     """
     # compiled graphs and torch.func differentiate F.rms_norm themselves and cannot see inside _RMSNorm
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transformed():
-        return _RMSNorm.apply(x, weight, eps)
+        return _RMSNorm.apply(x, weight, eps, dtype or x.dtype)
     if compiled(x, weight):
-        return _normalise(x.contiguous(), weight, eps, None)
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+        return _normalise(x.contiguous(), weight, eps, None, dtype or x.dtype)
+    return F.rms_norm(x, (x.shape[-1],), weight, eps).to(dtype or x.dtype)
 
 
-def _normalise(x: Tensor, weight: Tensor | None, eps: float, scale: Tensor | None) -> Tensor:
+def _normalise(x: Tensor, weight: Tensor | None, eps: float, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Computes `rms_norm` by rows.c for contiguous x. `scale`, if given, gets each row's 1 / sqrt(mean(x^2) + eps)."""
-    y, n = torch.empty_like(x), x.shape[-1]
+    y, n = torch.empty_like(x, dtype=dtype), x.shape[-1]
     call = Norm(
-        x.numel() // n, n, DTYPES.index(x.dtype), -1 if weight is None else DTYPES.index(weight.dtype),
+        x.numel() // n, n, DTYPES.index(x.dtype), DTYPES.index(dtype),
+        -1 if weight is None else DTYPES.index(weight.dtype),
         torch.get_num_threads(), eps, x=x.data_ptr(), weight=None if weight is None else weight.data_ptr(),
         y=y.data_ptr(), scale=None if scale is None else scale.data_ptr(),
     )  # fmt: skip
@@ -97,11 +107,11 @@ class _RMSNorm(torch.autograd.Function):
     """RMSNorm with its own backward pass: autograd's takes twice the memory traffic (docs/LOG.md)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
         ctx.compiled = compiled(x, weight)
         if ctx.compiled:
             x, scale = x.contiguous(), x.new_empty(x.shape[:-1], dtype=torch.float32)
-            y = _normalise(x, weight, eps, scale)
+            y = _normalise(x, weight, eps, scale, dtype)
             ctx.save_for_backward(x, scale[..., None], weight)
             return y
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -110,7 +120,7 @@ class _RMSNorm(torch.autograd.Function):
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, scale, weight)
         y = x * scale
-        return (y if weight is None else y.mul_(weight)).to(x.dtype)
+        return (y if weight is None else y.mul_(weight)).to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -121,19 +131,20 @@ class _RMSNorm(torch.autograd.Function):
             # one row per thread, zeroed by C and summed in order: no atomics, so the result is deterministic
             sums = None if weight is None else torch.empty(threads, n, dtype=torch.float64)
             call = Norm(
-                x.numel() // n, n, DTYPES.index(x.dtype), -1 if weight is None else DTYPES.index(weight.dtype), threads,
+                x.numel() // n, n, DTYPES.index(x.dtype), DTYPES.index(grad.dtype),
+                -1 if weight is None else DTYPES.index(weight.dtype), threads,
                 x=x.data_ptr(), weight=None if weight is None else weight.data_ptr(), dy=grad.data_ptr(),
                 dx=dx.data_ptr(), scale=scale.data_ptr(), dweight=None if sums is None else sums.data_ptr(),
             )  # fmt: skip
             _call("rms_norm_backward", call)
-            return dx, None if weight is None or sums is None else sums.sum(0).to(weight.dtype), None
+            return dx, None if weight is None or sums is None else sums.sum(0).to(weight.dtype), None, None
         y = x * scale
         grad_weight = None
         if weight is not None:
             grad_weight = (grad * y).flatten(0, -2).sum(0).to(weight.dtype)
             grad = grad.to(scale.dtype) * weight
         along = (grad * y).mean(-1, keepdim=True)  # the part along x only changes its length, which the norm removes
-        return y.mul_(along).neg_().add_(grad).mul_(scale).to(x.dtype), grad_weight, None
+        return y.mul_(along).neg_().add_(grad).mul_(scale).to(x.dtype), grad_weight, None, None
 
 
 # ---- rotation ----
@@ -181,6 +192,45 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         cos, sin, scale = ctx.saved_tensors
         return _Rotate.apply(grad, cos, sin, ctx.variant, scale, -ctx.sign), None, None, None, None, None
+
+
+# ---- gates ----
+
+ACTIVATIONS = {"swish": F.silu, "sigmoid": torch.sigmoid, "gelu": F.gelu}
+"""Activations by name in configs."""
+
+
+def gated(g: Tensor, x: Tensor, activation: str) -> Tensor:
+    """Returns activation(g) * x. With swish this is SwiGLU's inner part (Shazeer, arXiv 2002.05202)."""
+    if activation != "gelu" and g.shape == x.shape and g.dtype == x.dtype and compiled(g) and compiled(x):
+        return _Gated.apply(g, x, activation == "swish")
+    return ACTIVATIONS[activation](g) * x
+
+
+class _Gated(torch.autograd.Function):
+    """`gated` by rows.c. Autograd would also keep activation(g), and read and write four tensors more."""
+
+    @staticmethod
+    def forward(ctx, g: Tensor, x: Tensor, swish: bool) -> Tensor:
+        g, x = g.contiguous(), x.contiguous()
+        ctx.save_for_backward(g, x)
+        ctx.swish, y = swish, torch.empty_like(x)
+        call = Gated(x.numel(), DTYPES.index(x.dtype), swish, torch.get_num_threads(), y=y.data_ptr())
+        call.g, call.x = g.data_ptr(), x.data_ptr()
+        library().gated(ctypes.byref(call))
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        g, x = ctx.saved_tensors
+        grad, dg, dx = grad.contiguous(), torch.empty_like(g), torch.empty_like(x)
+        call = Gated(
+            x.numel(), DTYPES.index(x.dtype), ctx.swish, torch.get_num_threads(),
+            g.data_ptr(), x.data_ptr(), grad.data_ptr(), dg=dg.data_ptr(), dx=dx.data_ptr(),
+        )  # fmt: skip
+        library().gated(ctypes.byref(call))
+        return dg, dx, None
 
 
 # ---- short convolutions ----

@@ -1,4 +1,4 @@
-"""RMSNorm, rotation, convolution, softmax loss: compiled and by PyTorch, against float64; layouts, threads."""
+"""RMSNorm, rotation, gates, convolution, softmax loss: compiled and by PyTorch, against float64; layouts, threads."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from retentive.ops import cpu as cpu_module
 from retentive.ops import rotary, rows
-from retentive.ops.rows import convolve, rms_norm, rotate, softmax_loss
+from retentive.ops.rows import ACTIVATIONS, convolve, gated, rms_norm, rotate, softmax_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
@@ -66,6 +66,18 @@ def test_without_gradients_the_norm_is_the_same(dtype, same):
     with torch.no_grad():
         # PyTorch composes the same operations differently
         same(rms_norm(x, weight, 1e-6), want.detach(), {"fp32": 1e-6, "bf16": 8e-3, "fp16": 1e-3}[dtype])
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (300, 64)], ids=str)
+def test_a_norm_rounded_to_another_dtype_is_the_norm_then_rounded(shape, same):
+    """And so is its gradient that of a norm whose result is cast."""
+    x, weight, do = 3 * torch.randn(shape), torch.randn(shape[-1]), torch.randn(shape).bfloat16()
+    test = gradients(lambda x, weight: rms_norm(x, weight, 1e-5, torch.bfloat16), x, [weight], do)
+    want = gradients(lambda x, weight: rms_norm(x, weight, 1e-5).bfloat16(), x, [weight], do)
+    assert test[0].dtype == torch.bfloat16 and test[1].dtype == torch.float32
+    same(test, want, 1e-6)  # sums of float32 in any order
+    with torch.no_grad():
+        same(rms_norm(x, weight, 1e-5, torch.bfloat16), want[0], 4e-3)  # PyTorch may round one number otherwise
 
 
 @torch.no_grad()
@@ -195,6 +207,46 @@ def test_no_number_is_read_that_nobody_wrote(dtype, poisoned, way):
 
 
 # ---- short convolutions ----
+
+
+def plain_gated(g, x, activation):
+    return ACTIVATIONS[activation](g) * x
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (3, 40, 33), (50, 1025)], ids=str)
+@dtypes
+def test_a_gate_is_as_close_to_the_truth_as_pytorchs(dtype, shape, activation, gold_rule):
+    g, x, do = ((3 * torch.randn(shape)).to(DTYPES[dtype]) for _ in range(3))
+    test = gradients(lambda g, x: gated(g, x, activation), g, [x], do)
+    plain = gradients(lambda g, x: plain_gated(g, x, activation), g, [x], do)
+    gold = gradients(lambda g, x: plain_gated(g, x, activation), g.double(), [x.double()], do.double())
+    for what, *three in zip(("y", "dg", "dx"), gold, test, plain, strict=True):
+        assert three[1].dtype == DTYPES[dtype]
+        gold_rule(*three, 0.5 if three[0].numel() > 200 else 20, what)
+
+
+@pytest.mark.parametrize("activation", ["swish", "sigmoid"])
+def test_gates_wide_open_and_shut(activation, same):
+    """No exp overflows, and a NaN stays where it is."""
+    g = torch.tensor([-1e30, -100.0, -88.0, 0.0, 88.0, 1e4, torch.nan], requires_grad=True)
+    x = torch.full((7,), 2.0)
+    y = gated(g, x, activation)
+    (dg,) = torch.autograd.grad(y.sum(), g)
+    assert dg[:6].isfinite().all() and y[6].isnan() and dg[6].isnan()
+    same(y[:6], plain_gated(g.double(), x, activation)[:6].float(), 1e-6)
+
+
+def test_a_gate_of_another_layout_dtype_or_shape(same):
+    g, x = torch.randn(6, 8), torch.randn(8, 6).mT
+    same(gated(g, x, "swish"), F.silu(g) * x, 1e-6)
+    same(gated(g.bfloat16(), x, "swish"), F.silu(g.bfloat16()) * x, 1e-6)
+    same(gated(g[:, :1], x, "sigmoid"), g[:, :1].sigmoid() * x, 1e-6)
+
+
+def test_a_gates_gradient_is_its_derivative():
+    g, x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True).unbind()
+    assert torch.autograd.gradcheck(lambda g, x: gated(g, x, "swish"), (g, x))
 
 
 def plain_convolve(x, weight, since):

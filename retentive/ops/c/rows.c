@@ -1,4 +1,4 @@
-/* Row-wise RMSNorm, rotation, short convolutions, and softmax with its loss, each in one pass over memory. The formulas
+/* Row-wise RMSNorm, rotation, gates, short convolutions, and softmax with its loss, each in one pass over memory. The formulas
    are in rows.py.
 
 Arithmetic is float32. Rows are divided among the threads in order, so the grouping of a sum over rows depends only on
@@ -9,9 +9,10 @@ the number of threads.
 #include <stdlib.h>
 
 enum { FEW = 1 << 14 }; /* numbers below which waking further threads costs more than they save */
+enum { TOGETHER = 8 };  /* rows whose sum is float32, before it is added to one in double */
 
 typedef struct {
-    i64 rows, n, dtype, weight_dtype, threads; /* weight_dtype: -1 without weight */
+    i64 rows, n, dtype, y_dtype, weight_dtype, threads; /* y_dtype: of y and dy; weight_dtype: -1 without weight */
     double eps;
     const void *x, *weight, *dy;
     void *y, *dx;
@@ -26,6 +27,12 @@ typedef struct {
     const float *cos, *sin, *scale;                                            /* [phase_rows][K/2]; [scale_rows][H] */
     void *y;
 } Rotate;
+
+typedef struct {
+    i64 numbers, dtype, swish, threads; /* swish: activation(g) = g sigmoid(g), else sigmoid(g) */
+    const void *g, *x, *dy;
+    void *y, *dg, *dx;
+} Gated;
 
 typedef struct {
     i64 rows, n, dtype, ignore, threads;
@@ -49,7 +56,7 @@ int rms_norm(const Norm *c) {
     int failed = 0;
 #pragma omp parallel num_threads(threads_for(c->threads, c->rows * c->n))
     {
-        i64 n = c->n, bytes = n * size_of(c->dtype);
+        i64 n = c->n, bytes = n * size_of(c->dtype), y_bytes = n * size_of(c->y_dtype);
         float *x = malloc(2 * n * 4), *weight = x + n;
         if (x && c->weight_dtype >= 0) read_row(c->weight_dtype, c->weight, n, weight, n);
         if (!x) {
@@ -65,7 +72,7 @@ int rms_norm(const Norm *c) {
                 for (i64 j = 0; j < n; j++) x[j] = x[j] * scale * weight[j];
             else
                 for (i64 j = 0; j < n; j++) x[j] *= scale;
-            write_rows(c->dtype, x, n, 1, n, (char *)c->y + row * bytes, n);
+            write_rows(c->y_dtype, x, n, 1, n, (char *)c->y + row * y_bytes, n);
             if (c->scale) c->scale[row] = scale;
         }
         free(x);
@@ -75,12 +82,12 @@ int rms_norm(const Norm *c) {
 
 int rms_norm_backward(const Norm *c) {
     int failed = 0;
-    i64 n = c->n, bytes = n * size_of(c->dtype);
+    i64 n = c->n, bytes = n * size_of(c->dtype), y_bytes = n * size_of(c->y_dtype);
     int threads = threads_for(c->threads, c->rows * n);
     if (c->dweight) memset(c->dweight, 0, c->threads * n * 8);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (i64 part = 0; part < threads; part++) {
-        float *y = malloc(3 * n * 4), *dy = y + n, *weight = dy + n;
+        float *y = malloc(4 * n * 4), *dy = y + n, *weight = dy + n, *few = weight + n;
         double *sum = c->dweight ? c->dweight + part * n : NULL;
         if (!y) {
 #pragma omp atomic write
@@ -88,13 +95,19 @@ int rms_norm_backward(const Norm *c) {
             continue;
         }
         if (c->weight_dtype >= 0) read_row(c->weight_dtype, c->weight, n, weight, n);
-        for (i64 row = c->rows * part / threads; row < c->rows * (part + 1) / threads; row++) {
+        memset(few, 0, n * 4);
+        i64 first = c->rows * part / threads, last = c->rows * (part + 1) / threads;
+        for (i64 row = first; row < last; row++) {
             float scale = c->scale[row];
             read_row(c->dtype, (const char *)c->x + row * bytes, n, y, n);
-            read_row(c->dtype, (const char *)c->dy + row * bytes, n, dy, n);
+            read_row(c->y_dtype, (const char *)c->dy + row * y_bytes, n, dy, n);
             for (i64 j = 0; j < n; j++) y[j] *= scale;
             if (sum)
-                for (i64 j = 0; j < n; j++) sum[j] += dy[j] * y[j];
+                for (i64 j = 0; j < n; j++) few[j] += dy[j] * y[j];
+            if (sum && (row + 1 == last || (row + 1 - first) % TOGETHER == 0)) {
+                for (i64 j = 0; j < n; j++) sum[j] += few[j];
+                memset(few, 0, n * 4);
+            }
             if (c->weight_dtype >= 0)
                 for (i64 j = 0; j < n; j++) dy[j] *= weight[j];
             float along = dot(dy, y, n) / n; /* the gradient's part along x, which only changes its length */
@@ -151,7 +164,7 @@ INLINE i64 taps_before(const Convolve *c, i64 t) {
     return since < c->n - 1 ? since : c->n - 1;
 }
 
-enum { SLAB = 1024, TOGETHER = 64 }; /* features at a time, whose rows stay in the cache; tokens summed in float32 */
+enum { SLAB = 1024 }; /* features at a time, whose rows stay in the cache */
 
 static void weights_of(const Convolve *c, i64 at, i64 D, float *weight) {
     i64 size = size_of(c->weight_dtype);
@@ -229,6 +242,39 @@ int convolve(const Convolve *c) {
         free(space);
     }
     return failed;
+}
+
+INLINE float sigmoid_of(float x) {
+    float e = exp_of(-fabsf(x)), own = 1 / (1 + e), other = e * own; /* of |x|, of -|x| */
+    return x < 0 ? other : own;
+}
+
+/* both directions: the backward one if there is a gradient */
+void gated(const Gated *c) {
+    enum { PART = 1024 }; /* numbers that stay in the L1 cache */
+    i64 size = size_of(c->dtype);
+    int swish = c->swish != 0;
+#pragma omp parallel for schedule(static) num_threads(threads_for(c->threads, c->numbers))
+    for (i64 at = 0; at < c->numbers; at += PART) {
+        float g[PART], x[PART], dy[PART];
+        i64 n = smaller(PART, c->numbers - at), begin = at * size;
+        read_row(c->dtype, (const char *)c->g + begin, n, g, n);
+        read_row(c->dtype, (const char *)c->x + begin, n, x, n);
+        if (!c->dy) {
+            for (i64 j = 0; j < n; j++) x[j] *= sigmoid_of(g[j]);
+            for (i64 j = 0; swish && j < n; j++) x[j] *= g[j];
+            write_rows(c->dtype, x, n, 1, n, (char *)c->y + begin, n);
+            continue;
+        }
+        read_row(c->dtype, (const char *)c->dy + begin, n, dy, n);
+        for (i64 j = 0; j < n; j++) {
+            float s = sigmoid_of(g[j]), slope = s * (1 - s), d = dy[j] * x[j];
+            x[j] = dy[j] * (swish ? g[j] * s : s);
+            g[j] = d * (swish ? s + g[j] * slope : slope);
+        }
+        write_rows(c->dtype, g, n, 1, n, (char *)c->dg + begin, n);
+        write_rows(c->dtype, x, n, 1, n, (char *)c->dx + begin, n);
+    }
 }
 
 /* Computes the loss of each row of logits, and overwrites them with its gradient. Returns 1 if memory ran out, 2 if a
