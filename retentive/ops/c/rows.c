@@ -9,7 +9,6 @@ the number of threads.
 #include <stdlib.h>
 
 enum { FEW = 1 << 14 }; /* numbers below which waking further threads costs more than they save */
-enum { TOGETHER = 8 };  /* rows whose sum is float32, before it is added to one in double */
 
 typedef struct {
     i64 rows, n, dtype, y_dtype, weight_dtype, threads; /* y_dtype: of y and dy; weight_dtype: -1 without weight */
@@ -87,7 +86,7 @@ int rms_norm_backward(const Norm *c) {
     if (c->dweight) memset(c->dweight, 0, c->threads * n * 8);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (i64 part = 0; part < threads; part++) {
-        float *y = malloc(4 * n * 4), *dy = y + n, *weight = dy + n, *few = weight + n;
+        float *y = malloc(3 * n * 4), *dy = y + n, *weight = dy + n;
         double *sum = c->dweight ? c->dweight + part * n : NULL;
         if (!y) {
 #pragma omp atomic write
@@ -95,19 +94,13 @@ int rms_norm_backward(const Norm *c) {
             continue;
         }
         if (c->weight_dtype >= 0) read_row(c->weight_dtype, c->weight, n, weight, n);
-        memset(few, 0, n * 4);
-        i64 first = c->rows * part / threads, last = c->rows * (part + 1) / threads;
-        for (i64 row = first; row < last; row++) {
+        for (i64 row = c->rows * part / threads; row < c->rows * (part + 1) / threads; row++) {
             float scale = c->scale[row];
             read_row(c->dtype, (const char *)c->x + row * bytes, n, y, n);
             read_row(c->y_dtype, (const char *)c->dy + row * y_bytes, n, dy, n);
             for (i64 j = 0; j < n; j++) y[j] *= scale;
             if (sum)
-                for (i64 j = 0; j < n; j++) few[j] += dy[j] * y[j];
-            if (sum && (row + 1 == last || (row + 1 - first) % TOGETHER == 0)) {
-                for (i64 j = 0; j < n; j++) sum[j] += few[j];
-                memset(few, 0, n * 4);
-            }
+                for (i64 j = 0; j < n; j++) sum[j] += dy[j] * y[j];
             if (c->weight_dtype >= 0)
                 for (i64 j = 0; j < n; j++) dy[j] *= weight[j];
             float along = dot(dy, y, n) / n; /* the gradient's part along x, which only changes its length */
@@ -164,7 +157,7 @@ INLINE i64 taps_before(const Convolve *c, i64 t) {
     return since < c->n - 1 ? since : c->n - 1;
 }
 
-enum { SLAB = 1024 }; /* features at a time, whose rows stay in the cache */
+enum { SLAB = 1024, TOGETHER = 64 }; /* features at a time, whose rows stay in the cache; tokens summed in float32 */
 
 static void weights_of(const Convolve *c, i64 at, i64 D, float *weight) {
     i64 size = size_of(c->weight_dtype);
