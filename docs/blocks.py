@@ -135,7 +135,7 @@ def claims() -> str:
     fast, full = native(TWINS, 8192, machine=ZEN4), native(FULL, 8192)
     ours = retnet("130m", vocab_size=32000)
     config, grouped = twin(ours), twin(ours, kv_heads=1)
-    trained = row(result("train-default-130m", ZEN4)["rows"], length=8192)
+    trained = row(result("train-default-130m", EPYC)["rows"], length=8192)
     novels, library = best("compare-sizes-default"), best("compare-hybrid-library")
     contexts = {model: perplexities(model)[8192] for model in ("retnet", "transformer")}
     digits, slower = result("seen-digits-1m", EPYC)["rows"], result("seen-digits-half-rate-1m", ZEN4)["rows"]
@@ -164,7 +164,7 @@ def claims() -> str:
         "computed from the shapes",
         f"training on rows of 8,192 tokens | {trained['retnet']['tokens_per_second']:,.0f} tokens/s | "
         f"{trained['transformer']['tokens_per_second']:,.0f} tokens/s | higher | "
-        + file("train-default-130m", ZEN4, "130 M, blocks recomputed"),
+        + file("train-default-130m", EPYC, "130 M, blocks recomputed"),
         f"held-out novels, bits per byte | {bits(novels, '5m', 'retnet')} | {bits(novels, '5m', 'transformer-qk-norm')}"
         " | lower | " + file("compare-sizes-default", EPYC, "6.0 M, twin with QK-norm"),
         f"held-out Python source, bits per byte | {bits(library, '1m', 'hybrid')} (hybrid) | "

@@ -241,15 +241,27 @@ def which() -> str:
 
 def which_costs() -> str:
     """Memory, speed of decoding and of training of the hybrid beside the RetNet and the twin."""
-    decoded, trained = native("decode-hybrid-130m", 8192), row(result("train-hybrid-5m", EPYC)["rows"], length=2048)
+    decoded, trained = native("decode-hybrid-130m", 8192), row(result("train-profile-5m", EPYC)["rows"], length=2048)
     names = {"RetNet": ("native-int4", "retnet"), "hybrid": ("native-hybrid-int4", "hybrid")}
     names["twin"] = ("native-twin-int4", "transformer")
     lines = []
     for title, (engine, model) in names.items():
         cells = [size(decoded[engine]["state_bytes"]), f"{1000 * decoded[engine]['seconds']:.1f} ms"]
         lines.append(" | ".join([title, *cells, f"{trained[model]['tokens_per_second']:,.0f}"]))
+    lines.append(f"Llama of transformers | – | – | {trained['llama']['tokens_per_second']:,.0f}")
     head = "155 M in 4 bits | memory after 8,192 tokens | time per token there | training, 6 M, rows of 2,048: tokens/s"
     return table(head, *lines)
+
+
+def training_steps() -> str:
+    """Tokens/s of training steps, 6.0 M parameters."""
+    names = {"retnet": "RetNet", "hybrid": "hybrid", "transformer": "twin", "llama": "Llama of transformers"}
+    rows = result("train-profile-5m", EPYC)["rows"]
+    lines = [
+        " | ".join([title, *(f"{row(rows, length=T)[name]['tokens_per_second']:,.0f}" for T in (2048, 8192))])
+        for name, title in names.items()
+    ]
+    return table("tokens/s | rows of 2,048 tokens | rows of 8,192 tokens", *lines)
 
 
 def compression() -> str:

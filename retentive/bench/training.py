@@ -33,7 +33,7 @@ from retentive.train.config import TrainConfig
 from retentive.train.optim import adamw
 from retentive.train.prepare import wrap_blocks
 
-MODELS = ("retnet", "transformer", "grouped", "hybrid")
+MODELS = ("retnet", "transformer", "grouped", "hybrid", "llama")
 PICTURE = "A training step ({size})"
 
 
@@ -87,7 +87,7 @@ class Options(OnDevice, Sized):
     lengths: tuple[int, ...] = (2048, 8192)
     """Sequence lengths."""
     models: tuple[str, ...] = MODELS[:2]
-    """Models: retnet, transformer, grouped (the twin with grouped heads), hybrid."""
+    """Models: retnet, transformer, grouped (the twin with grouped heads), hybrid, llama (of transformers)."""
     tokens: int = 8192
     """Tokens per step, at least one row."""
     precision: str = "bf16"

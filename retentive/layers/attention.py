@@ -171,7 +171,7 @@ class Attention(nn.Module):
     def _whole(self, q: Tensor, new: Layer) -> Tensor:
         """Attends within a whole text from its first token: causal, limited by the window."""
         if self._compiled(q, new):
-            return self._windows(q, new)
+            return self._in_c(q, new)
         most, T = self.slots, q.shape[1]
         if not most or most >= T:  # the first so many tokens see all before them
             k, v, *gates = new
@@ -180,14 +180,14 @@ class Attention(nn.Module):
         return torch.cat((first, self._banded(q[:, most:], new)), 1)
 
     def _compiled(self, q: Tensor, new: Layer) -> bool:
-        """True if `_windows` can attend within whole texts: it knows no sinks."""
-        return bool(self.window) and not self.sinks and windows.compiled(q, *new[:2])
+        """True if `_in_c` can attend within whole texts: it knows no sinks."""
+        return not self.sinks and windows.compiled(q, *new[:2])
 
-    def _windows(self, q: Tensor, new: Layer, cu_seqlens: Tensor | None = None) -> Tensor:
+    def _in_c(self, q: Tensor, new: Layer, cu_seqlens: Tensor | None = None) -> Tensor:
         """Attends within whole texts in C."""
         k, v, *gates = new
         gate, scale = (gates[0], 1.0) if gates else (None, self.K**-0.5)  # with a gate q is scaled, see `phases`
-        return windows.attend(q, k, v, gate, self.window, scale, cu_seqlens)
+        return windows.attend(q, k, v, gate, self.window or q.shape[1], scale, cu_seqlens)
 
     def _banded(self, q: Tensor, laid: Layer, at_BL: Tensor | None = None) -> Tensor:
         """Attends with queries `[B,T,H,K]` to `laid` `[B,sinks+W+T,…]`: the sinks, the W tokens before the first query,
@@ -300,7 +300,7 @@ class Attention(nn.Module):
         No cache is kept in training unless one is given: padded to the longest sequence, it is larger than the batch.
         """
         if cache is None and self.training and self._compiled(q, new):
-            return self._windows(q, new, cu_seqlens), None
+            return self._in_c(q, new, cu_seqlens), None
         cu = cu_seqlens.tolist()
         spans = list(zip(cu[:-1], cu[1:], starts, strict=True))
         if cache is None and self.training:

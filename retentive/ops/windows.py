@@ -1,10 +1,10 @@
-"""Causal softmax attention to a window of tokens, with an optional forget gate, on CPUs in C.
+"""Causal softmax attention, to all tokens or a window, with an optional forget gate, on CPUs in C.
 
     s_ij = scale * q_i k_j + log f_{j+1} + … + log f_i      i - W < j <= i        o_i = sum_j softmax_j(s_i) v_j
 
-`c/windows.c` computes it in time and memory linear in the length, for packed sequences too. PyTorch's SDPA has no
-windows: with a mask it computes twice as many scores, and it took most of a hybrid's training time (docs/LOG.md).
-`layers/attention.py` uses it where `compiled` says so, and SDPA otherwise: without a compiler, on other devices, in
+`c/windows.c` computes it for packed sequences too, and windows in time linear in the length. PyTorch's SDPA has no
+windows: with a mask it computes twice as many scores. For all tokens it is 2 to 3 times slower (docs/LOG.md).
+`layers/attention.py` uses C where `compiled` says so, and SDPA otherwise: without a compiler, on other devices, in
 float64, under torch.func, and in graphs that are traced or compiled.
 """
 

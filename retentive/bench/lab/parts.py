@@ -1,4 +1,4 @@
-"""Where the time of a step goes: matrix products, retention, attention, and passes over memory, by torch's profiler."""
+"""Parts of a step's time: matrix products, retention, attention, passes over memory. Measured by torch's profiler."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,5 +1,5 @@
-/* Row-wise RMSNorm, rotation, gates, short convolutions, and softmax with its loss, each in one pass over memory. The formulas
-   are in rows.py.
+/* Row-wise RMSNorm, rotation, gates, short convolutions, and softmax with its loss, each in one pass over memory. The
+   formulas are in rows.py.
 
 Arithmetic is float32. Rows are divided among the threads in order, so the grouping of a sum over rows depends only on
 the number of threads.

@@ -1,5 +1,5 @@
-/* Causal softmax attention to the last W tokens, with an optional forget gate, forward and backward, as one compilation
-   unit. Built and called by windows.py.
+/* Causal softmax attention to the last W tokens, or all, with an optional forget gate, forward and backward, as one
+   compilation unit. Built and called by windows.py.
 
     s_ij = scale * q_i k_j + log f_{j+1} + … + log f_i      i - W < j <= i
     P    = softmax of each row of s                         o = P v
