@@ -60,6 +60,8 @@ class Options(Sized):
     """Also send the same streams through the HTTP server."""
     precision: str = "fp32"
     """Precision of the weights of retnet, bf16 or fp32."""
+    state_precision: str = "fp32"
+    """Precision of retention states of the models in C, fp32 or bf16."""
     models: tuple[str, ...] = MODELS
     """Models, each with its own engine: retnet. In C, with -bf16, -int8 or -int4: native, native-twin (its Transformer
     twin), native-hybrid."""
@@ -73,6 +75,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         ValueError: a precision or model is unknown.
     """
     known([options.precision], models.PRECISIONS, "precision")
+    known([options.state_precision], models.PRECISIONS, "state_precision")
     cpu, dtype = torch.device("cpu"), models.PRECISIONS[options.precision]
     names = models.chosen(options.models, MODELS, cpu, say)
     model, *others = (models.make(name, models.config_of(name, options.config), cpu, dtype) for name in names)
@@ -97,7 +100,9 @@ def of_model(
     }
     for name, other in (others or {}).items():
         gate(other, streams)
-        runs[name] = partial(through_engine, other, streams, streams, tokens)
+        runs[name] = partial(
+            through_engine, other, streams, streams, tokens, models.PRECISIONS[options.state_precision]
+        )
     found = in_turns(runs, repeats, say)
     misses, hits = first_tokens(model, options.prompt, repeats)
     say(f"first token of {options.prompt} tokens: miss {duration(min(misses))}, hit {duration(min(hits))}")
@@ -108,6 +113,7 @@ def of_model(
         "streams": streams,
         "tokens": tokens,
         "prompt": options.prompt,
+        "state_precision": options.state_precision,
         "tokens_per_second": {name: spread([turn[name] for turn in found]) for name in runs},
         "streams_over_one": median_ratio(found, "engine", "one"),
         "engine_over_bare": median_ratio(found, "engine", "bare"),
@@ -173,9 +179,11 @@ def gate(model: LanguageModel, streams: int) -> None:
             raise ArithmeticError(f"stream {n} of {streams} gave other tokens than alone: not timed")
 
 
-def through_engine(model: LanguageModel, streams: int, slots: int, tokens: int) -> float:
+def through_engine(
+    model: LanguageModel, streams: int, slots: int, tokens: int, state_dtype: torch.dtype | None = None
+) -> float:
     """Returns tokens/s of `streams` simultaneous requests, delivered to callbacks from the engine's own thread."""
-    engine, heard = Engine(model, slots=slots), [0] * streams
+    engine, heard = Engine(model, slots=slots, state_dtype=state_dtype), [0] * streams
 
     def listener(n: int) -> Callable[[Any], object]:
         def hear(item: Any) -> None:

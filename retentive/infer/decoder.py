@@ -66,8 +66,12 @@ class Decoder(Protocol):
 class TorchDecoder:
     """`Decoder` of any model of this package."""
 
-    def __init__(self, model: LanguageModel):
-        self.model, self.vocab_size = model.eval(), model.config.vocab_size
+    def __init__(self, model: LanguageModel, state_dtype: torch.dtype | None = None):
+        """
+        Args:
+            state_dtype: dtype of the states of retention in a pool; None: float32.
+        """
+        self.model, self.vocab_size, self.state_dtype = model.eval(), model.config.vocab_size, state_dtype
         self.encoders: Mapping[str, Config] = {kind: encoder.config for kind, encoder in encoders_of(model).items()}
         # A view of the pool is tens of tensor views and costs as much as a small model's layer. So the last one is
         # kept as long as the pool and the number of rows stay the same.
@@ -80,7 +84,7 @@ class TorchDecoder:
         return state.to(self.model.device)
 
     def pool(self, slots: int) -> State:
-        return self.model.init_state(slots).for_decoding(self.model.dtype)
+        return self.model.init_state(slots).for_decoding(self.model.dtype, state_dtype=self.state_dtype)
 
     def encode(self, kind: str, rows: Tensor) -> Tensor:
         return encoders_of(self.model)[kind](rows.to(self.model.device))

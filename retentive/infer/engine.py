@@ -52,6 +52,8 @@ class Engine:
             larger chunk shortens the time to first token, a smaller one the latency between tokens of other requests.
         waiting: maximum requests in the queue; more raise Full.
         cache: prefix cache of prompts read before; None for none.
+        state_dtype: dtype of the states of retention while decoding; None: float32. bfloat16 moves half of the bytes,
+            which counts with many streams (results/state-precision has what it loses).
     """
 
     def __init__(
@@ -62,12 +64,13 @@ class Engine:
         prefill_chunk: int = 512,
         waiting: int = 256,
         cache: PrefixCache | None = None,
+        state_dtype: torch.dtype | None = None,
     ):
         if min(slots, prefill_chunk, waiting) < 1:
             bounds = f"{slots}, {prefill_chunk}, {waiting}"
             raise ValueError(f"slots, prefill_chunk and waiting must be at least 1, got {bounds}")
         self.model: Any = model
-        self.decoder: Decoder = TorchDecoder(model) if isinstance(model, torch.nn.Module) else model
+        self.decoder: Decoder = TorchDecoder(model, state_dtype) if isinstance(model, torch.nn.Module) else model
         self.slots, self.prefill_chunk, self.most_waiting, self.cache = slots, prefill_chunk, waiting, cache
         # A request goes from `queue` to `reading` to `running`. Any thread may touch `queue`, under `wake`. The others
         # belong to the stepping thread and need no lock.

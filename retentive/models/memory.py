@@ -14,7 +14,8 @@ ConvolutionMemory of the last few tokens.
     map(f)                 applies f to every tensor; the first dimension of all is the sequences
     reserve(slots)         makes room for that many tokens per sequence; returns itself if it has it
     put(row, other, source, position)            overwrites one sequence with another, in place
-    for_decoding(dtype, rollback, position)      for decoding in place, with `rollback` tokens that can be taken back
+    for_decoding(dtype, rollback, position, state_dtype)    for decoding in place, with `rollback` tokens that can be
+                           taken back; the dtype of states of retention, None: their own
     check_rollback(tokens, position), rollback(tokens)
     settled()              plain tensors that include all tokens
     cat(memories, positions)
@@ -100,10 +101,13 @@ class RetentionMemory:
     def cat(memories: Sequence["RetentionMemory"], positions: Sequence[Tensor]) -> "RetentionMemory":
         return RetentionMemory(torch.cat([m.tensor() for m in memories]))
 
-    def for_decoding(self, dtype: torch.dtype, rollback: int, position: Tensor) -> "RetentionMemory":
+    def for_decoding(
+        self, dtype: torch.dtype, rollback: int, position: Tensor, state_dtype: torch.dtype | None = None
+    ) -> "RetentionMemory":
         # A ring of R slots always holds the last R / 2 tokens: see `ops/ring.py`.
         state = self.tensor()
-        return RetentionMemory(Ring.open(state, dtype, max(ring_slots(*state.shape[2:]), 2 * rollback)))
+        slots = max(ring_slots(*state.shape[2:]), 2 * rollback)
+        return RetentionMemory(Ring.open(state, dtype, slots, state_dtype))
 
     def check_rollback(self, tokens: int, position: Tensor) -> None:
         """Raises ValueError if `tokens` tokens cannot be taken back."""
@@ -277,7 +281,9 @@ class AttentionMemory:
         oldest = [m.oldest for m in memories if m.oldest is not None]
         return replace(joined, oldest=torch.cat(oldest) if oldest else None)
 
-    def for_decoding(self, dtype: torch.dtype, rollback: int, position: Tensor) -> "AttentionMemory":
+    def for_decoding(
+        self, dtype: torch.dtype, rollback: int, position: Tensor, state_dtype: torch.dtype | None = None
+    ) -> "AttentionMemory":
         """Returns itself, since it is written in place; with a window, a ring that keeps `rollback` more tokens."""
         if not self.window or self.slots >= self.window + rollback:
             return self
@@ -408,7 +414,9 @@ class ConvolutionMemory:
         rows, oldest = torch.cat([m.rows for m in alike]), torch.cat([m.oldest for m in alike])
         return ConvolutionMemory(rows, memories[0].reach, oldest)
 
-    def for_decoding(self, dtype: torch.dtype, rollback: int, position: Tensor) -> "ConvolutionMemory":
+    def for_decoding(
+        self, dtype: torch.dtype, rollback: int, position: Tensor, state_dtype: torch.dtype | None = None
+    ) -> "ConvolutionMemory":
         return self._of_size(max(self.rows.shape[1], self.reach + rollback), position)
 
     def check_rollback(self, tokens: int, position: Tensor) -> None:

@@ -103,12 +103,14 @@ class State:
             return self
         return State(settled, self.position.clone())
 
-    def for_decoding(self, dtype: torch.dtype, rollback: int = 0) -> "State":
+    def for_decoding(self, dtype: torch.dtype, rollback: int = 0, state_dtype: torch.dtype | None = None) -> "State":
         """Returns a state that decodes in place: retention uses rings for k and v of `dtype`.
 
-        At least the last `rollback` decoded tokens can be taken back.
+        At least the last `rollback` decoded tokens can be taken back. The states of retention have `state_dtype`, by
+        default their own, float32.
         """
-        return State([m.for_decoding(dtype, rollback, self.position) for m in self.memories], self.position)
+        made = [m.for_decoding(dtype, rollback, self.position, state_dtype) for m in self.memories]
+        return State(made, self.position)
 
     def reserve(self, slots: int) -> "State":
         """Returns the state with room for `slots` tokens per sequence; itself if it has it, as retention always has."""

@@ -52,7 +52,7 @@ class Model(ctypes.Structure):
 class Memory(ctypes.Structure):
     """struct Memory of c/block.h."""
 
-    _fields_ = [*struct("", "state k v decay written folded"), *struct("slots", "")]
+    _fields_ = [*struct("", "state k v decay written folded"), *struct("slots state_dtype", "")]
 
 
 class Reading(ctypes.Structure):

@@ -236,8 +236,10 @@ def _check_memory(mixer: Any, memory: Any, N: int, dtype: torch.dtype) -> None:
     if memory.kind == "convolution":
         parts = {"rows": (memory.rows, torch.float32, (N, max(memory.rows.shape[1], mixer.reach), mixer.config.dim))}
     elif memory.kind == "retention":
-        inner = memory.value.state if isinstance(memory.value, Ring) else memory.value
-        parts = {"state": (inner, torch.float32, (N, mixer.H, mixer.K, mixer.V))}
+        ring = isinstance(memory.value, Ring)
+        inner = memory.value.state if ring else memory.value
+        narrow = ring and inner.dtype == torch.bfloat16
+        parts = {"state": (inner, torch.bfloat16 if narrow else torch.float32, (N, mixer.H, mixer.K, mixer.V))}
     else:
         cached = (N, memory.slots, mixer.kv_heads, mixer.K)
         parts = {"keys": (memory.keys, dtype, cached), "values": (memory.values, dtype, cached)}
@@ -286,7 +288,7 @@ class Places:
         if memory.kind == "retention":
             tensors = memory.tensors()
             slots = tensors[1].shape[2] if len(tensors) > 1 else 0
-            return lib.Memory(*(x.data_ptr() for x in tensors), slots=slots)
+            return lib.Memory(*(x.data_ptr() for x in tensors), slots=slots, state_dtype=DTYPES.index(tensors[0].dtype))
         if memory.kind == "convolution":
             return lib.Memory(state=memory.rows.data_ptr(), slots=memory.rows.shape[1])
         if not memory.window or memory.slots < memory.window:

@@ -211,7 +211,8 @@ def decode_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float
     if q.is_cuda and find_spec("triton") is not None:
         from retentive.ops import triton as room
 
-        if room.refuses(q[:, None], v[:, None]) is None and ring.k.shape[2] <= room.MAX_R:
+        fits = ring.state.dtype == torch.float32 and ring.k.shape[2] <= room.MAX_R
+        if fits and room.refuses(q[:, None], v[:, None]) is None:
             q, k, v, log_decay = q.contiguous(), k.contiguous(), v.contiguous(), log_decay.contiguous()
             parts = (ring.state, ring.k, ring.v, ring.log_decay, ring.written, ring.folded)
             return room.decode_step(q, k, v, log_decay, scale, *parts)

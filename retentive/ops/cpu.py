@@ -47,7 +47,7 @@ class Step(ctypes.Structure):
     """struct Step of c/step.c."""
 
     _fields_ = struct(
-        "B H K V slots dtype threads decay_stride",
+        "B H K V slots dtype state_dtype threads decay_stride",
         "q k v log_decay state ring_k ring_v o ring_decay written folded",
         real="scale",
     )
@@ -224,7 +224,7 @@ class Plan:
         )
         self.dtype, self.scale = ring.k.dtype, K**-0.5
         self.step, self.call = library().retention_step, Step(
-            B, H, K, V, ring.k.shape[2], DTYPES.index(self.dtype),
+            B, H, K, V, ring.k.shape[2], DTYPES.index(self.dtype), DTYPES.index(ring.state.dtype),
             state=ring.state.data_ptr(), ring_k=ring.k.data_ptr(), ring_v=ring.v.data_ptr(),
             ring_decay=ring.log_decay.data_ptr(), written=ring.written.data_ptr(), folded=ring.folded.data_ptr(),
         )  # fmt: skip

@@ -221,7 +221,7 @@ def retention_step(
             raise ValueError("a ring is updated in place and has no gradients: use torch.no_grad(), or ring.to_state()")
         if state.k.dtype != k.dtype:
             raise ValueError(f"the ring was opened for {state.k.dtype}, got {k.dtype}")
-        log_decay, _ = _check_decay(q, log_decay), _check_state(q, v, state.state, q.shape[0])
+        log_decay, _ = _check_decay(q, log_decay), _check_state(q, v, state.state, q.shape[0], of_ring=True)
         return backends.decode_step(q, k, v, log_decay, scale, state), state
     log_decay, state = _check_decay(q, log_decay), _check_state(q, v, state, q.shape[0])
     check_values(log_decay)
@@ -285,8 +285,8 @@ def _check_decay(q: Tensor, log_decay: Tensor) -> Tensor:
     return log_decay.to(_wide(q))
 
 
-def _check_state(q: Tensor, v: Tensor, state: Tensor | None, N: int) -> Tensor:
-    """Checks the initial state or makes a zero state; float32 (float64 for float64 inputs).
+def _check_state(q: Tensor, v: Tensor, state: Tensor | None, N: int, *, of_ring: bool = False) -> Tensor:
+    """Checks the initial state or makes a zero state; float32 (float64 for float64 inputs), of a ring also bfloat16.
 
     Raises:
         ValueError: its shape, dtype or device does not fit q and v.
@@ -294,7 +294,8 @@ def _check_state(q: Tensor, v: Tensor, state: Tensor | None, N: int) -> Tensor:
     expected = (N, q.shape[-2], q.shape[-1], v.shape[-1])
     if state is None:
         return q.new_zeros(expected, dtype=_wide(q))
-    if tuple(state.shape) != expected or state.dtype != _wide(q):
+    narrow = of_ring and state.dtype == torch.bfloat16
+    if tuple(state.shape) != expected or not (narrow or state.dtype == _wide(q)):
         raise ValueError(f"state must be {_wide(q)} {list(expected)}, got {state.dtype} {list(state.shape)}")
     if state.device != q.device:
         raise ValueError(f"q is on {q.device}, but state on {state.device}")

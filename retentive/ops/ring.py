@@ -35,13 +35,13 @@ class Ring:
     """The state of B sequences during decoding: a state tensor, and the tokens that are not yet folded into it."""
 
     state: Tensor
-    """`[B,H,K,V]`, float32 or float64: the state of the tokens before `folded`."""
+    """`[B,H,K,V]`, the state of the tokens before `folded`: float32 or float64; or bfloat16, half of the bytes."""
     k: Tensor
     """`[B,H,R,K]`, in the dtype of the inputs."""
     v: Tensor
     """`[B,H,R,V]`."""
     log_decay: Tensor
-    """`[B,H,R]`, in the dtype of the state."""
+    """`[B,H,R]`, float32 or float64."""
     written: Tensor
     """int64 `[B]`: tokens since the ring was opened."""
     folded: Tensor
@@ -62,11 +62,20 @@ class Ring:
         """Returns the tensors by name, without `plan`. The first dimension of all is B."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
+    @property
+    def wide(self) -> torch.dtype:
+        """Dtype of the arithmetic, and of the log decays."""
+        return self.log_decay.dtype
+
     @staticmethod
-    def open(state: Tensor, dtype: torch.dtype, size: int | None = None) -> "Ring":
+    def open(
+        state: Tensor, dtype: torch.dtype, size: int | None = None, state_dtype: torch.dtype | None = None
+    ) -> "Ring":
         """Opens an empty ring for k and v of `dtype` over `state` `[B,H,K,V]`, which is updated in place from now on.
 
         Args:
+            state_dtype: dtype of the state from now on, rounded at every fold; by default its own. Another one makes a
+                copy.
             size: number of slots, even; by default the one that moves the fewest bytes.
 
         Raises:
@@ -78,11 +87,12 @@ class Ring:
             raise ValueError(f"a ring needs an even number of slots, got {R}")
         if not torch.compiler.is_compiling() and (torch.is_inference_mode_enabled() or state.is_inference()):
             with torch.inference_mode(False):  # inference tensors cannot be updated in place outside that mode
-                return Ring.open(state.clone() if state.is_inference() else state, dtype, R)
+                return Ring.open(state.clone() if state.is_inference() else state, dtype, R, state_dtype)
         zeros = torch.zeros(2, B, dtype=torch.int64, device=state.device)
         # left uninitialised: slots without a token, NaN included, are masked wherever they are read
         k, v = (torch.empty(B, H, R, n, dtype=dtype, device=state.device) for n in (K, V))
-        return Ring(state.contiguous(), k, v, state.new_empty(B, H, R), zeros[0], zeros[1])
+        decay = state.new_empty(B, H, R, dtype=torch.promote_types(state.dtype, torch.float32))
+        return Ring(state.to(state_dtype or state.dtype).contiguous(), k, v, decay, zeros[0], zeros[1])
 
     @staticmethod
     def over(state: "Tensor | Ring | None", k: Tensor, v: Tensor) -> "Ring":
@@ -130,14 +140,14 @@ class Ring:
         slot_BHR = ((self.folded[:, None] + age_BR) % R)[:, None].expand(self.log_decay.shape)
         free_BHR = (age_BR >= (self.written - self.folded)[:, None])[:, None].expand(slot_BHR.shape)
         k, v = (
-            x.gather(2, slot_BHR[..., None].expand(x.shape)).masked_fill(free_BHR[..., None], 0).to(self.state.dtype)
+            x.gather(2, slot_BHR[..., None].expand(x.shape)).masked_fill(free_BHR[..., None], 0).to(self.wide)
             for x in (self.k, self.v)
         )
         return k, v, self.log_decay.gather(2, slot_BHR).masked_fill(free_BHR, 0).cumsum(-1)
 
     def to_state(self) -> Tensor:
         """Returns the state after all tokens, `[B,H,K,V]`. The ring does not change."""
-        return self._fold(self.state, self.written - self.folded)
+        return self._fold(self.state.to(self.wide), self.written - self.folded)
 
     def _fold(self, state: Tensor, tokens: Tensor) -> Tensor:
         """Returns `state` after each sequence's `tokens` `[B]` oldest tokens. Later tokens have no effect, even NaN."""
@@ -178,15 +188,15 @@ def decode_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float
     ring.k[rows, :, slot], ring.v[rows, :, slot] = k, v
     ring.log_decay[rows, :, slot] = log_decay.clamp(min=FORGOTTEN).expand(q.shape[:2])
     ring.written.add_(1)
-    q_BH1K = q[:, :, None].to(ring.state.dtype) * scale
+    state, q_BH1K = ring.state.to(ring.wide), q[:, :, None].to(ring.wide) * scale
     k_BHRK, v_BHRV, since_BHR = ring.held()
     whole_BH1 = since_BHR[..., -1:]  # empty slots count as log decay 0, so the last sum covers all tokens
     score_BH1R = (q_BH1K @ k_BHRK.mT) * (whole_BH1 - since_BHR).exp()[:, :, None]
-    o = whole_BH1.exp()[..., None] * (q_BH1K @ ring.state) + score_BH1R @ v_BHRV
+    o = whole_BH1.exp()[..., None] * (q_BH1K @ state) + score_BH1R @ v_BHRV
     # after o, which needs the old state; a full ring folds at once, so that the next token finds a free slot
     full = (ring.written - ring.folded == R).nonzero().squeeze(1)
     if len(full):
         ripe = ring.map(lambda x: x[full])  # a copy of the full rows, folded and written back
-        ring.state[full] = ripe._fold(ripe.state, torch.full_like(full, R // 2))
+        ring.state[full] = ripe._fold(ripe.state.to(ring.wide), torch.full_like(full, R // 2)).to(ring.state.dtype)
         ring.folded[full] += R // 2
     return o.squeeze(2).to(v.dtype)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from retentive.options import option
+from retentive.options import known, option
 
 ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 """Origin as browsers send it, scheme and host without path; or * for any."""
@@ -18,6 +18,8 @@ class Options:
 
     slots: int = 16
     """Simultaneous requests; each takes the memory of one state."""
+    state_precision: str = "fp32"
+    """Precision of retention states while decoding, fp32 or bf16. bf16 takes half of the memory and traffic."""
     queue: int = 64
     """Requests that may wait for a slot; the server answers 429 to more."""
     max_tokens: int = 4096
@@ -50,6 +52,7 @@ class Options:
         for name in ("slots", "queue", "max_tokens", "max_prompt", "timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{option(name, getattr(self, name))}: must be above 0")
+        known([self.state_precision], ("fp32", "bf16"), "state_precision")
         for name in ("cache", "sessions", "media", "most_media"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{option(name, getattr(self, name))}: must be at least 0")

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from retentive import __version__, machine
 from retentive.checkpoint import ModelFolder
 from retentive.data.templates import ChatTemplate
@@ -76,7 +78,10 @@ class Service:
         if options.cache:
             cache = PrefixCache(options.cache, folder=options.cache_folder, model=name)
         chunk = CPU_CHUNK if model.device.type == "cpu" else CHUNK
-        self.engine = AsyncEngine(model, slots=options.slots, waiting=options.queue, prefill_chunk=chunk, cache=cache)
+        self.engine = AsyncEngine(
+            model, slots=options.slots, waiting=options.queue, prefill_chunk=chunk, cache=cache,
+            state_dtype=_state_dtype(options),
+        )  # fmt: skip
         self.sessions = Sessions(options.sessions, self.new_conversation)
         self.saved = SavedStates(self.states_folder, model, name, self.name)
         self.metrics, self.kept = Metrics(self.all), Kept()
@@ -122,8 +127,9 @@ class Service:
     def _check_slots(self) -> None:
         """Raises ValueError if the states of all slots do not fit into memory; they are allocated with a request."""
         state: Any = self._blank.state
-        # caches without a window grow later
-        needed = len(self.all) * self.options.slots * state.reserve(max(state.windows)).nbytes
+        state = state.reserve(max(state.windows))  # caches without a window grow later
+        own = state.for_decoding(self.model.dtype, state_dtype=_state_dtype(self.options))
+        needed = len(self.all) * self.options.slots * own.nbytes
         if needed > (free := machine.free_memory(state.position.device)):
             have = f"{needed / 1e9:,.1f} GB of states, {free / 1e9:,.1f} GB are free"
             raise ValueError(f"{option('slots', self.options.slots)}: they need {have}; ask for fewer")
@@ -208,3 +214,8 @@ def open_service(
             raise ValueError(f"{option('adapter', name)}: {said}; choose another name")
     adapters = {name: service(name, ModelFolder.open(each), states / name) for name, each in adapter.items()}
     return service(folder.short_name, None, states, adapters=adapters)
+
+
+def _state_dtype(options: Options) -> torch.dtype | None:
+    """Returns the dtype of the states of retention while decoding; None: their own."""
+    return torch.bfloat16 if options.state_precision == "bf16" else None

@@ -243,6 +243,19 @@ def test_tokens_taken_back_are_read_again(model, same):
 
 
 @torch.no_grad()
+def test_states_of_16_bits_give_what_they_give_in_torch(each, threads, same):
+    """Up to the folds of the first 12 tokens, whose rounding both do."""
+    native, ids = NativeModel(each), torch.randint(VOCAB, (3, 12))
+    pools = [each.init_state(3).for_decoding(torch.float32, state_dtype=torch.bfloat16).reserve(12) for _ in range(2)]
+    got, state = decoded(native, ids, pools[0])
+    want, other = decoded(each, ids, pools[1])
+    rings = [m.value.state.dtype for m in state.memories if m.kind == "retention"]
+    assert rings == [torch.bfloat16] * len(rings)
+    same(got, want, 1e-4)
+    same(named(state), named(other), 1e-3)  # a number may be rounded to its other neighbour
+
+
+@torch.no_grad()
 def test_the_state_of_a_prompt_is_not_written_over(one, same):
     """A prefix cache keeps that state."""
     native, ids = NativeModel(one), torch.randint(VOCAB, (1, 20))

@@ -607,3 +607,45 @@ def test_the_compiled_code_is_what_a_cpu_takes(monkeypatch):
         state = torch.zeros(3, 2, 5, 4, dtype=torch.promote_types(dtype, torch.float32))
         backends.decode_step(q, k, v, log_decay.to(state.dtype), 0.3, Ring.open(state, dtype))
     assert taken == ["c", "c", "c", "torch"]
+
+
+# ---- states of 16 bits ----
+
+
+@pytest.mark.parametrize(("K", "V"), [(1, 1), (17, 33), (64, 112), (9, 150)], ids=lambda n: str(n))
+@dtypes
+def test_a_narrow_state_is_rounded_at_folds_and_nowhere_else(dtype, K, V, step, same):
+    """Until the first fold its outputs are those of the same numbers in float32; then it is rounded once a fold."""
+    start = torch.randn(2, 3, K, V).bfloat16()
+    narrow = Ring.open(start.clone(), DTYPES[dtype], 8)
+    wide = Ring.open(start.float(), DTYPES[dtype], 8)
+    assert narrow.log_decay.dtype == torch.float32
+    tokens = [token(2, 3, K, V, DTYPES[dtype], "row") for _ in range(8)]
+    same(run(step, narrow, tokens[:7]), run(step, wide, tokens[:7]), 2e-6 if dtype == "fp32" else 1e-2)
+    same(narrow.state, start, 0)
+    step(*tokens[7], 0.3, narrow)
+    step(*tokens[7], 0.3, wide)
+    assert narrow.folded.tolist() == [4, 4]
+    # the nearest of 8 bits, or its neighbour where sums in another order lie on both sides of the middle
+    same(narrow.state.float(), wide.state.bfloat16().float(), 1e-3)
+    assert narrow.to_state().dtype == torch.float32
+
+
+def test_a_narrow_state_is_the_same_in_c_as_in_torch(same):
+    if cpu_module.unavailable():
+        pytest.skip(cpu_module.unavailable())
+    one, tokens = Ring.open(torch.randn(3, 2, 40, 72), torch.bfloat16, 4, torch.bfloat16), None
+    other, tokens = clone(one), [token(3, 2, 40, 72, torch.bfloat16) for _ in range(20)]
+    got, want = run(cpu_module.decode_step, one, tokens), run(ring_module.decode_step, other, tokens)
+    same(got, want, 1e-2)  # o is bfloat16
+    same(one.to_state(), other.to_state(), 1e-3)
+
+
+def test_states_of_other_precisions_are_put_into_a_narrow_one(same):
+    pool = Ring.open(torch.zeros(3, 2, 5, 4), torch.float32, 4, torch.bfloat16)
+    given = torch.randn(2, 2, 5, 4)
+    pool.put(1, given, 1)
+    pool.put(2, Ring.open(given.clone(), torch.float32, 4), 0)
+    same(pool.state[1], given[1].bfloat16(), 0)
+    same(pool.state[2], given[0].bfloat16(), 0)
+    same(clone(pool).state, pool.state, 0)

@@ -8,7 +8,8 @@ static void step_through(Block *b, const Layer *layer, const Memory *ring, i64 s
     const Reading *c = b->c;
     i64 H = layer->H, K = layer->K, V = layer->V, R = ring->slots, size = size_of(c->dtype), sH = s * H;
     i64 written = ring->written[s], folded = ring->folded[s]; /* all heads count: the ring's own move at the end */
-    Step step = {1, H, K, V, R, c->dtype, 1, H, 1, NULL, NULL, NULL, NULL, ring->state + sH * K * V,
+    Step step = {1, H, K, V, R, c->dtype, ring->state_dtype, 1, H, 1, NULL, NULL, NULL, NULL,
+                 (void *)element(ring->state, ring->state_dtype, sH * K * V),
                  (char *)ring->k + sH * R * K * size, (char *)ring->v + sH * R * V * size, NULL,
                  ring->decay + sH * R, &written, &folded};
     for (i64 t = b->begin[s]; t < b->begin[s + 1]; t++) {
@@ -84,5 +85,7 @@ static i64 retention_space(const Block *b, const Layer *layer, const Memory *mem
     Space space;
     Call call = call_of(b, layer, NULL);
     if (!b->c->steps) return (i64)(intptr_t)arrange(&call, 0, &space, NULL);
-    return step_space(&(Step){b->c->N, layer->H, layer->K, layer->V, memory->slots}) * 4;
+    Step step = {.H = layer->H, .K = layer->K, .V = layer->V, .slots = memory->slots};
+    step.state_dtype = memory->state_dtype;
+    return step_space(&step) * 4;
 }

@@ -5,11 +5,11 @@
 
 /* struct Step of cpu.py */
 typedef struct {
-    i64 B, H, K, V, slots, dtype, threads, decay_stride; /* decay_stride: 0, or H for a decay per row */
+    i64 B, H, K, V, slots, dtype, state_dtype, threads, decay_stride; /* decay_stride: 0, or H for a decay per row */
     double scale;
     const void *q, *k, *v; /* [B,H,K], [B,H,V], contiguous */
     const float *log_decay;
-    float *state;             /* [B,H,K,V] */
+    void *state;              /* [B,H,K,V] in state_dtype */
     void *ring_k, *ring_v, *o; /* [B,H,slots,K], [B,H,slots,V], [B,H,V] */
     float *ring_decay;        /* [B,H,slots] */
     i64 *written, *folded;    /* [B] */
@@ -31,9 +31,10 @@ static int asks_ahead(void) {
 #endif
 }
 
-/* o += q S, eight rows of S at a time, folding into them while they are in the cache; `ahead` is a constant */
-INLINE void through_state(float *restrict S, i64 K, i64 V, const float *q, float *restrict o, const Fold *fold,
-                          const int ahead) {
+/* o += q S, eight rows of S at a time, folding into them while they are in the cache. `ahead` is a constant, `ld` the
+   stride of the folded k. */
+INLINE void through_rows(float *restrict S, i64 K, i64 V, i64 ld, const float *q, float *restrict o, const Fold *fold,
+                         const int ahead) {
     i64 whole = V / LANES * LANES;
     /* hardware prefetchers do not follow during a fold, so prefetch the block 8 kB ahead, or the next one */
     i64 fold_ahead = round_up(8192, 8 * V * 4) / 4;
@@ -57,16 +58,29 @@ INLINE void through_state(float *restrict S, i64 K, i64 V, const float *q, float
                     const float *v = fold->v_panels + j * fold->tokens;
                     for (int n = 0; n < MR && !ahead; n++)
                         for (int line = 0; line < NC; line += 16) __builtin_prefetch(to + n * V + fold_ahead + line);
-                    if (whole - j > LANES) tile(0, 2, fold->tokens, fold->k + k + i, 1, K, v, to, fold->kept, to, V);
-                    else tile(0, 1, fold->tokens, fold->k + k + i, 1, K, v, to, fold->kept, to, V);
+                    if (whole - j > LANES) tile(0, 2, fold->tokens, fold->k + k + i, 1, ld, v, to, fold->kept, to, V);
+                    else tile(0, 1, fold->tokens, fold->k + k + i, 1, ld, v, to, fold->kept, to, V);
                 }
         for (i64 i = 0; i < rows; i++)
             for (i64 j = rows == 8 ? whole : 0; j < V; j++) {
                 float x = S[i * V + j] * fold->kept[0];
                 const float *v = fold->v_panels + j / NC * NC * fold->tokens + j % NC;
-                for (i64 t = 0; t < fold->tokens; t++) x += fold->k[t * K + k + i] * v[t * NC];
+                for (i64 t = 0; t < fold->tokens; t++) x += fold->k[t * ld + k + i] * v[t * NC];
                 S[i * V + j] = x;
             }
+    }
+}
+
+/* The same for a state of 16 bits: eight rows at a time become floats in `rows` [8][V], and 16 bits again after a fold.
+   A step moves half of the bytes, and rounds each number once a fold. */
+static void through_narrow_state(i64 dtype, void *S, i64 K, i64 V, const float *q, float *o, const Fold *fold, float *rows) {
+    for (i64 k = 0, n; k < K; k += n) {
+        void *at = (void *)element(S, dtype, k * V);
+        Fold part = *fold;
+        n = smaller(8, K - k), part.k = fold->k + k;
+        read_row(dtype, at, n * V, rows, n * V);
+        through_rows(rows, n, V, K, q + k, o, &part, 0);
+        if (fold->tokens) write_rows(dtype, rows, n * V, 1, n * V, at, n * V);
     }
 }
 
@@ -114,13 +128,13 @@ static Held put(const Step *c, i64 bh, float *space) {
 
 /* o = scale * sum of exp(G - G_j) (q k_j) v_j; returns scale * exp(G). Prefetches one kB of the state S per token,
    since memory is otherwise idle here. */
-static float through_ring(const Step *c, const Held *held, const float *q, float *o, float *weights, const float *S) {
+static float through_ring(const Step *c, const Held *held, const float *q, float *o, float *weights, const char *S) {
     i64 K = c->K, V = c->V, whole = V / LANES * LANES;
     float since = 0, scale = (float)c->scale;
     for (i64 j = held->tokens - 1; j >= 0; j--) weights[j] = since, since += held->decay[slot_of(held, j)];
     for (i64 j = 0; j < held->tokens; j++) weights[j] = scale * exp_of(weights[j]);
     for (i64 j = 0; j < held->tokens; j++) {
-        for (int line = 0; line < 16; line++) __builtin_prefetch(S + (j * 16 + line) * 16);
+        for (int line = 0; line < 16; line++) __builtin_prefetch(S + (j * 16 + line) * 64);
         weights[j] *= dot(q, held->k + slot_of(held, j) * K, K);
     }
     for (i64 n = 0; n < whole; n += LANES) {
@@ -153,22 +167,25 @@ static Fold ripe(const Step *c, const Held *held, float *space) {
     return fold;
 }
 
-static i64 step_space(const Step *c) { /* in floats: q and o, weights, the ring, the folded tokens */
-    return c->K + c->V + c->slots + c->slots * (c->K + c->V) + c->slots / 2 * (c->K + round_up(c->V, NC));
+static i64 step_space(const Step *c) { /* in floats: q and o, weights, the ring, the folded tokens, rows of the state */
+    i64 rows = c->state_dtype ? 8 * c->V : 0;
+    return c->K + c->V + c->slots + c->slots * (c->K + c->V) + c->slots / 2 * (c->K + round_up(c->V, NC)) + rows;
 }
 
 static void step_head(const Step *c, i64 bh, i64 end, float *space) {
     i64 K = c->K, V = c->V;
     float *q = space, *o = q + K, *weights = o + V, *ring = weights + c->slots, *half = ring + c->slots * (K + V);
-    float *S = c->state + bh * K * V;
+    void *S = (void *)element(c->state, c->state_dtype, bh * K * V);
     Held held = put(c, bh, ring);
     read_row(c->dtype, element(c->q, c->dtype, bh * K), K, q, K);
     float remains = through_ring(c, &held, q, o, weights, S);
     for (i64 n = 0; n < K; n++) q[n] *= remains;
     Fold fold = ripe(c, &held, half);
     if (bh + 1 < end) ask_ring(c, bh + 1);
-    if (asks_ahead()) through_state(S, K, V, q, o, &fold, 2);
-    else through_state(S, K, V, q, o, &fold, 0);
+    float *rows = half + c->slots / 2 * (K + round_up(V, NC));
+    if (c->state_dtype) through_narrow_state(c->state_dtype, S, K, V, q, o, &fold, rows);
+    else if (asks_ahead()) through_rows(S, K, V, K, q, o, &fold, 2);
+    else through_rows(S, K, V, K, q, o, &fold, 0);
     write_rows(c->dtype, o, V, 1, V, (char *)c->o + bh * V * size_of(c->dtype), V);
 }
 
@@ -189,7 +206,8 @@ int retention_step(const Step *c) {
             continue;
         }
         if (begin < end) { /* the state first: its address is known, that of the ring's rows must be read */
-            for (int line = 0; line < 32; line++) __builtin_prefetch(c->state + begin * c->K * c->V + line * 16);
+            const char *state = element(c->state, c->state_dtype, begin * c->K * c->V);
+            for (int line = 0; line < 32; line++) __builtin_prefetch(state + line * 64);
             ask_ring(c, begin);
         }
         for (i64 bh = begin; bh < end; bh++) step_head(c, bh, end, space);
