@@ -71,6 +71,12 @@ INLINE void through_rows(float *restrict S, i64 K, i64 V, i64 ld, const float *q
     }
 }
 
+/* the same without asking ahead; one copy of the code for all who do not, since a page downloads its engine */
+__attribute__((noinline)) static void through_state(float *S, i64 K, i64 V, i64 ld, const float *q, float *o,
+                                                    const Fold *fold) {
+    through_rows(S, K, V, ld, q, o, fold, 0);
+}
+
 /* The same for a state of 16 bits: eight rows at a time become floats in `rows` [8][V], and 16 bits again after a fold.
    A step moves half of the bytes, and rounds each number once a fold. */
 static void through_narrow_state(i64 dtype, void *S, i64 K, i64 V, const float *q, float *o, const Fold *fold, float *rows) {
@@ -79,7 +85,7 @@ static void through_narrow_state(i64 dtype, void *S, i64 K, i64 V, const float *
         Fold part = *fold;
         n = smaller(8, K - k), part.k = fold->k + k;
         read_row(dtype, at, n * V, rows, n * V);
-        through_rows(rows, n, V, K, q + k, o, &part, 0);
+        through_state(rows, n, V, K, q + k, o, &part);
         if (fold->tokens) write_rows(dtype, rows, n * V, 1, n * V, at, n * V);
     }
 }
@@ -185,7 +191,7 @@ static void step_head(const Step *c, i64 bh, i64 end, float *space) {
     float *rows = half + c->slots / 2 * (K + round_up(V, NC));
     if (c->state_dtype) through_narrow_state(c->state_dtype, S, K, V, q, o, &fold, rows);
     else if (asks_ahead()) through_rows(S, K, V, K, q, o, &fold, 2);
-    else through_rows(S, K, V, K, q, o, &fold, 0);
+    else through_state(S, K, V, K, q, o, &fold);
     write_rows(c->dtype, o, V, 1, V, (char *)c->o + bh * V * size_of(c->dtype), V);
 }
 
