@@ -77,19 +77,29 @@ class Job:
     task: Task
     process: subprocess.Popen
     began: float = field(default_factory=time.monotonic)
+    resumed: int = field(init=False)
+    """Step that the run continues from; 0 for a new one."""
 
-    def progress(self) -> str:
-        """Returns a line on the progress, by the last line of the metrics."""
+    def __post_init__(self) -> None:
+        self.resumed = self.steps()
+
+    def steps(self) -> int:
+        """Returns the steps that the run has, by the last line of its metrics."""
         try:
             last = (self.task.folder / "metrics.jsonl").read_text(encoding="utf-8").rstrip().rpartition("\n")[2]
-            steps = json.loads(last)["step"]
+            return json.loads(last)["step"]
         except (OSError, ValueError, KeyError):  # nothing or half a line is written yet
-            return f"{self.task.run.name}: begins"
-        of = self.task.about["train"]["steps"]
+            return 0
+
+    def progress(self) -> str:
+        """Returns a line on the progress. The time left is by the steps of this process, not by those it continues."""
+        name, steps, of = self.task.run.name, self.steps(), self.task.about["train"]["steps"]
         if steps >= of:
-            return f"{self.task.run.name}: scoring"
-        left = (time.monotonic() - self.began) * (of - steps) / max(steps, 1)
-        return f"{self.task.run.name}: step {steps}/{of}, {duration(left)} left"
+            return f"{name}: scoring"
+        done = steps - self.resumed
+        if done <= 0:
+            return f"{name}: continues at step {steps}/{of}" if steps else f"{name}: begins"
+        return f"{name}: step {steps}/{of}, {duration((time.monotonic() - self.began) * (of - steps) / done)} left"
 
 
 def work(tasks: Sequence[Task], *, jobs: int, say: Callable[[str], None], progress: Callable[[str], None]) -> None:

@@ -175,3 +175,17 @@ def test_progress_is_read_off_the_metrics(tmp_path):
     assert job.progress().startswith("retnet_1m_lr0.001_seed0: step 10/40, 30")  # as long again for each ten
     (tmp_path / "metrics.jsonl").write_text('{"step": 40}\n', encoding="utf-8")
     assert job.progress() == "retnet_1m_lr0.001_seed0: scoring"
+
+
+def test_the_time_left_is_by_the_steps_of_this_process(tasks):
+    (task,) = tasks("waits")  # of 10 steps
+    task.folder.mkdir(parents=True)
+    metrics = task.folder / "metrics.jsonl"
+    assert queue.Job(task, None).progress() == "waits_1m_lr0.001_seed0: begins"
+    metrics.write_text('{"step": 6}\n')
+    job = queue.Job(task, None, time.monotonic() - 50)
+    assert job.progress().endswith("continues at step 6/10")
+    metrics.write_text('{"step": 6}\n{"step": 8}\n')  # two steps in 50 s, and two are left
+    assert job.progress().endswith("step 8/10, 50 s left")
+    metrics.write_text('{"step": 10}\n')
+    assert job.progress().endswith("scoring")
