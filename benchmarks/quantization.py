@@ -84,8 +84,8 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     beginnings = begun(data, options)
     exact: list[list[int]] = []
-    for name, made in forms(model, options, data):
-        engine = made if made is model else with_engine(made, "native")
+    for name, made, activations in forms(model, options, data):
+        engine = made if made is model else with_engine(made, "native", activations)
         texts = [greedy(engine, ids, options.written) for ids in beginnings]
         exact = exact or texts
         same = [agreed(text, other) for text, other in zip(exact, texts, strict=True)]
@@ -106,16 +106,18 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     }
 
 
-def forms(model: LanguageModel, options: Options, data: Packed) -> Iterator[tuple[str, LanguageModel]]:
-    """Yield (name, model) of each kind of weights, made on demand; the first is the model itself, for torch."""
-    yield "float32", model
-    yield "bf16", copy.deepcopy(model).bfloat16()
+def forms(model: LanguageModel, options: Options, data: Packed) -> Iterator[tuple[str, LanguageModel, str]]:
+    """Yield (name, model, activations) of each kind of weights, made on demand; the first is the model, for torch."""
+    yield "float32", model, "int16"
+    yield "bf16", copy.deepcopy(model).bfloat16(), "int16"
     for name, bits in BITS.items():
-        yield name, quantize(model, bits)
+        quantized = quantize(model, bits)
+        yield name, quantized, "int16"
+        yield f"{name}, activations int8", quantized, "int8"
     if options.text:
         texts = (document for source in options.text for document in documents(source))
         batches = batches_of(texts, data.tokenizer, tokens=options.calibration)
-        yield "int4, calibrated", quantize(model, BITS["int4"], batches=batches)
+        yield "int4, calibrated", quantize(model, BITS["int4"], batches=batches), "int16"
 
 
 def losses(model: LanguageModel, data: Packed, options: Options) -> dict[str, float]:

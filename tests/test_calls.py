@@ -17,7 +17,7 @@ from retentive.models import build, retnet
 from retentive.serve.options import Options
 
 SIZE = dict(vocab_size=257, dim=32, layers=2, heads=2)
-LOADING = {"run", "source", "window", "sinks", "device", "dtype", "weights", "engine", "adapter"}
+LOADING = {"run", "source", "window", "sinks", "device", "dtype", "weights", "engine", "activations", "adapter"}
 """Flags of loading, for which Python has `load`."""
 
 

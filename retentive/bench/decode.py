@@ -30,7 +30,7 @@ from retentive.tables import counted, duration, markdown
 
 LATENCY_AT = 8192
 """Context length at which the picture shows the latency."""
-RETNETS = {"retnet", "native-bf16", "native-int8", "native-int4"}
+RETNETS = {"retnet", "native-bf16", "native-int8", "native-int4", "native-w8a8", "native-w4a8"}
 TRANSFORMERS = {name for name in models.NAMES if name not in RETNETS and "hybrid" not in name}
 PICTURE = "Decoding ({size})"
 

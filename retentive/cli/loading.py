@@ -48,6 +48,9 @@ class LoadingPlain(Limits):
     """Quantise while loading; `retentive quantize` does it once and writes a folder."""
     engine: Literal["auto", "native", "torch"] = "auto"
     """Engine on a CPU: native (C), torch, or auto: native if it can run the model, else torch."""
+    activations: Literal["int16", "int8"] = "int16"
+    """Integers that the native engine makes of activations where weights are integers. int8 loses next to nothing, and
+    prompts and many sequences are faster on CPUs that multiply bytes."""
 
     @cached_property
     def folder(self) -> ModelFolder:
@@ -58,7 +61,7 @@ class LoadingPlain(Limits):
         """Return the model of a folder, with the requested weights and engine."""
         dtype = None if self.dtype == "stored" else self.dtype
         made = folder.model(device=self.device, dtype=dtype, weights=self.weights, adapter=adapter)
-        return with_engine(made, self.engine)
+        return with_engine(made, self.engine, self.activations)
 
 
 @dataclass(frozen=True, kw_only=True)

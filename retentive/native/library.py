@@ -17,7 +17,7 @@ KINDS = ("float32", "bfloat16", "int8", "int4")
 class Matrix(ctypes.Structure):
     """struct Matrix of c/weights.h."""
 
-    _fields_ = struct("N K kind group least", "lines scales minimums")
+    _fields_ = struct("N K kind group least narrow", "lines scales minimums")
 
 
 class Turn(ctypes.Structure):
@@ -64,7 +64,7 @@ class Reading(ctypes.Structure):
 class Heading(ctypes.Structure):
     """struct Heading of c/read.c."""
 
-    _fields_ = [*struct("n dtype threads", "pool head x logits"), ("room", ctypes.c_byte * 72)]
+    _fields_ = [*struct("n dtype threads", "pool head x logits"), ("room", ctypes.c_byte * 88)]
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retentive.layers.quantized import Quantized
 from retentive.models import LanguageModel, RetentionMemory, State
 from retentive.models.memory import Memory
 from retentive.models.model import checked_ids
@@ -21,6 +22,8 @@ from retentive.ops.cpu import DTYPES
 
 ENGINES = ("auto", "native", "torch")
 """Engines that can run a model; auto is native if that can run the model."""
+ACTIVATIONS = ("int16", "int8")
+"""Integers that activations can become before a product with a matrix of integers."""
 STEPS = 64
 """Maximum tokens that go through rings one by one; more are read in chunks."""
 ROOM = 1 << 62
@@ -43,21 +46,29 @@ def refused(model: Any) -> str | None:
     return unfit(model) or (str(library()) if isinstance(library(), NotBuilt) else None)
 
 
-def with_engine(model: LanguageModel, engine: str = "auto") -> LanguageModel:
+def with_engine(model: LanguageModel, engine: str = "auto", activations: str = "int16") -> LanguageModel:
     """The model, read by one of ENGINES; one that the native engine reads already is returned as it is.
 
+    Args:
+        activations: as for `NativeModel`.
+
     Raises:
-        ValueError: the engine is unknown, or is "native" and cannot run the model.
+        ValueError: the engine is unknown, or is "native" and cannot run the model; int8 activations of another engine.
         MemoryError: the engine is "native", and there is no memory for the packed weights.
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}, expected one of {', '.join(ENGINES)}")
-    if engine == "torch" or isinstance(model, NativeModel) or (engine == "auto" and refused(model)):
+    if isinstance(model, NativeModel):
+        return model
+    if activations != "int16" and (engine == "torch" or refused(model)):
+        why = refused(model) or "the engine is torch"
+        raise ValueError(f"activations of {activations} need the native engine: {why}")
+    if engine == "torch" or (engine == "auto" and refused(model)):
         return model
     try:
-        return NativeModel(model)
+        return NativeModel(model, activations=activations)
     except MemoryError:
-        if engine == "native":
+        if engine == "native" or activations != "int16":
             raise
         return model  # torch needs no packed copy of the weights
 
@@ -101,22 +112,29 @@ class NativeModel(LanguageModel):
 
     own_threads = True
 
-    def __init__(self, model: LanguageModel, *, threads: int | None = None):
+    def __init__(self, model: LanguageModel, *, threads: int | None = None, activations: str = "int16"):
         """
         Args:
             threads: maximum threads of a call; by default torch's number.
+            activations: one of ACTIVATIONS. Of int8 products with integer weights take half of the time where the CPU
+                has such instructions, which many sequences and prompts feel; docs/numbers.md has the loss.
 
         Raises:
-            ValueError: the library cannot run this model, or is not available.
+            ValueError: the library cannot run this model, or is not available; activations are unknown, or the model
+                has no weights of integers.
             MemoryError: no memory for the packed weights.
         """
         if reason := refused(model):
             raise ValueError(f"the native engine cannot run this model: {reason}")
+        if activations not in ACTIVATIONS:
+            raise ValueError(f"unknown activations {activations!r}, expected one of {', '.join(ACTIVATIONS)}")
+        if activations != "int16" and not any(isinstance(m, Quantized) for m in model.modules()):
+            raise ValueError(f"activations of {activations} need int8 or int4 weights, the model has none: quantise it")
         nn.Module.__init__(self)  # its parts are those of the model
         self.config, self.origin = model.config, model.origin
         for name, module in model.named_children():
             self.add_module(name, module)
-        self._packed = Packed(model)
+        self._packed = Packed(model, narrow=activations == "int8")
         self._threads = Threads(threads or torch.get_num_threads())
         self._kept: Places | None = None
         self._packed_dtype, self._attends = self.dtype, self.config.attends

@@ -126,12 +126,16 @@ def _turn_of(mixer: Any) -> tuple[Any, ...] | None:
 class Packed:
     """A model for the library (`struct Model`), with all memory that the struct points to."""
 
-    def __init__(self, model: LanguageModel):
+    def __init__(self, model: LanguageModel, narrow: bool = False):
         """
+        Args:
+            narrow: what is multiplied by matrices of integers becomes integers of 8 bits, not of 16.
+
         Raises:
             MemoryError: no memory for the packed weights.
         """
         self._keep: list[Any] = []
+        self._narrow = narrow
         self._room = range(0)
         self.body, self.head = Watched(), Watched()
         c: Any = model.config
@@ -286,7 +290,7 @@ class Packed:
         # rows of whole panels, except for the last part, whose padding is left out
         rows = (panels - parts[-1].panels) * ROWS + len(parts[-1].stored)
         least = any(part.minimums is not None for part in parts)
-        matrix = Matrix(rows, columns, KINDS.index(kind), group, least)
+        matrix = Matrix(rows, columns, KINDS.index(kind), group, least, self._narrow)
         place = self._lines(library().packed_bytes(ctypes.byref(matrix)))
         library().place(ctypes.byref(matrix), ctypes.c_void_p(place))
         self._keep.append(matrix)

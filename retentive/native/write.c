@@ -1,7 +1,7 @@
 /* A model that writes, without Python.
 
     write MODEL [-p PROMPT] [-n TOKENS] [-t TEMPERATURE] [--top-k K] [--top-p P] [--min-p M] [-s SEED] [-j THREADS]
-                [--state FILE]
+                [--activations BITS] [--state FILE]
 
 MODEL is a folder that `retentive train`, `convert` or `quantize` wrote. With --state it goes on from a file, if that is there, and is saved to it after the prompt and in the end.
 */
@@ -13,7 +13,7 @@ MODEL is a folder that `retentive train`, `convert` or `quantize` wrote. With --
 
 typedef struct {
     const char *model, *prompt, *state;
-    long tokens, threads;
+    long tokens, threads, activations;
     RetentiveSampling how;
     uint64_t seed;
 } Options;
@@ -31,7 +31,7 @@ static double number(const char *text) {
 }
 
 static Options read_options(int argc, char **argv) {
-    Options o = {.prompt = "", .tokens = 200, .how = {.temperature = 0.8, .top_p = 0.95}};
+    Options o = {.prompt = "", .tokens = 200, .activations = 16, .how = {.temperature = 0.8, .top_p = 0.95}};
     for (int i = 1; i < argc; i++) {
         const char *flag = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (flag[0] != '-') {
@@ -41,7 +41,7 @@ static Options read_options(int argc, char **argv) {
         }
         if (!value)
             stop("usage: write MODEL [-p PROMPT] [-n TOKENS] [-t TEMPERATURE] [--top-k K] [--top-p P] [--min-p M] "
-                 "[-s SEED] [-j THREADS] [--state FILE]");
+                 "[-s SEED] [-j THREADS] [--activations BITS] [--state FILE]");
         i++;
         if (!strcmp(flag, "-p")) o.prompt = value;
         else if (!strcmp(flag, "-n")) o.tokens = (long)number(value);
@@ -51,8 +51,9 @@ static Options read_options(int argc, char **argv) {
         else if (!strcmp(flag, "--min-p")) o.how.min_p = number(value);
         else if (!strcmp(flag, "-s")) o.seed = (uint64_t)number(value);
         else if (!strcmp(flag, "-j")) o.threads = (long)number(value);
+        else if (!strcmp(flag, "--activations")) o.activations = (long)number(value);
         else if (!strcmp(flag, "--state")) o.state = value;
-        else stop("unknown option: -p, -n, -t, --top-k, --top-p, --min-p, -s, -j and --state are known");
+        else stop("unknown option: -p, -n, -t, --top-k, --top-p, --min-p, -s, -j, --activations and --state are known");
     }
     if (!o.model) stop("which MODEL? a folder with config.json and model.safetensors");
     return o;
@@ -70,6 +71,7 @@ int main(int argc, char **argv) {
     Options o = read_options(argc, argv);
     Retentive *model = retentive_open(o.model, (int)o.threads, error);
     if (!model) stop(error);
+    if (!retentive_use_activations(model, (int)o.activations)) stop("--activations of 8 or 16 bits");
     RetentiveStates *states = retentive_states(model, 1);
     int64_t vocabulary = retentive_vocabulary(model), bytes = (int64_t)strlen(o.prompt), count = 0;
     int64_t *ids = malloc((bytes + 1) * sizeof *ids);

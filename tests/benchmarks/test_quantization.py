@@ -81,16 +81,18 @@ def test_a_model_is_measured_with_each_kind_of_weights(data, tmp_path):
     small = Options(**how, prompts=2, written=5, text=(str(tmp_path / "text.txt"),), calibration=64)
     result = measure(small)
     rows = {row["weights"]: row for row in result["rows"]}
-    assert list(rows) == ["float32", "bf16", "int8", "int4", "int4, calibrated"]
+    narrow = ["int8, activations int8", "int4, activations int8"]
+    assert list(rows) == ["float32", "bf16", "int8", narrow[0], "int4", narrow[1], "int4, calibrated"]
     assert rows["float32"]["same_texts"] == 2 and rows["float32"]["same_tokens"] == 5
-    sizes = [row["bytes"] for row in result["rows"]]
+    sizes = [row["bytes"] for name, row in rows.items() if name not in narrow]
     assert sizes[1] * 2 == sizes[0] and sizes[1] > sizes[2] > sizes[3] == sizes[4]
-    gaps = [abs(row["bits_per_byte"] - rows["float32"]["bits_per_byte"]) for row in result["rows"]]
-    assert 0 < gaps[2] < gaps[3] < 0.2, "int8 is nearer than int4"
+    gaps = {name: abs(row["bits_per_byte"] - rows["float32"]["bits_per_byte"]) for name, row in rows.items()}
+    assert 0 < gaps["int8"] < gaps["int4"] < 0.2, "int8 is nearer than int4"
+    assert 0 < gaps[narrow[0]] != gaps["int8"]
     shown = table(result)
     assert "| weights | bytes | bits per byte |" in shown and "States after 90 tokens, from float64's: float32" in shown
     without = measure(Options(**how, prompts=1, written=2))
-    assert len(without["rows"]) == 4 and without["calibration"] == 0
+    assert len(without["rows"]) == 6 and without["calibration"] == 0
 
 
 def test_what_cannot_be_measured_is_said(data, tmp_path):

@@ -1,4 +1,5 @@
-/* What the tests ask of the standalone library: `logits MODEL STATE PROMPT IDS` prints logits as numbers of 9 digits.
+/* What the tests ask of the standalone library: `logits MODEL STATE PROMPT IDS` prints logits as numbers of 9 digits, with
+activations of as many bits as ACTIVATIONS in the environment says.
 
 IDS are read in two parts, the second token by token with a state that was saved to STATE and loaded in between, and a
 copy of it; then the ids of PROMPT, and their text.
@@ -22,6 +23,7 @@ int main(int argc, char **argv) {
     for (int i = 4; i < argc; i++) ids[count++] = atoll(argv[i]);
     Retentive *model = retentive_open(argv[1], 2, error);
     if (!model) return printf("error %s\n", error), 2;
+    if (getenv("ACTIVATIONS") && !retentive_use_activations(model, atoi(getenv("ACTIVATIONS")))) return 7;
     int64_t vocab = retentive_vocabulary(model), half = count / 2;
     float *logits = malloc(2 * vocab * sizeof *logits);
     RetentiveStates *a = retentive_states(model, 1), *b = retentive_states(model, 2);

@@ -199,6 +199,19 @@ def test_integers_give_what_the_floats_that_they_stand_for_give(model, bits, how
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 4])
+def test_activations_of_8_bits_stay_near_those_of_16(model, bits, threads, same):
+    """In prompts and in single tokens, alone and in a batch: the same integers."""
+    ids, made = torch.randint(VOCAB, (11, TOKENS)), quantize(on_levels(model), bits, 32, dtype=torch.float32)
+    native = NativeModel(made, activations="int8")
+    got, want = native(ids)[0], NativeModel(made)(ids)[0]
+    assert not torch.equal(got, want)
+    assert float((got - want).norm() / want.norm()) < 0.1  # 1/127 of the largest of 32 numbers, layer after layer
+    steps, _ = decoded(native, ids[:, :8], None)
+    same(decoded(native, ids[4:5, :8], None)[0][0], steps[4], 0)
+
+
+@torch.no_grad()
 def test_either_goes_on_where_the_other_stopped(model, same):
     ids, native, state, got = torch.randint(VOCAB, (2, TOKENS)), NativeModel(model), None, []
     for n, part in enumerate(ids.split([9, 1, 1, 5, 1, 1, 12, 1, 1, 8], 1)):
@@ -551,6 +564,12 @@ def test_what_it_cannot_do_is_refused(one, refuses):
     assert "the model is float16" in refused(build(retnet(**SMALL)).half())
     with refuses("the native engine cannot run this model: it computes in float32 or bfloat16, the model is float16"):
         NativeModel(build(retnet(**SMALL)).half())
+    with refuses("activations of int8 need int8 or int4 weights, the model has none: quantise it"):
+        NativeModel(one, activations="int8")
+    with refuses("unknown activations 'int9', expected one of int16, int8"):
+        NativeModel(one, activations="int9")
+    with refuses("activations of int8 need the native engine: the engine is torch"):
+        with_engine(one, "torch", "int8")
     native = NativeModel(one)
     with refuses("the model needs ids [B,T] with at least one token, got [1, 0]"):
         native(torch.zeros(1, 0, dtype=torch.int64))

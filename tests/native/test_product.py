@@ -100,10 +100,23 @@ def quantised(w, group, top):
     return q.flatten(1)[:, :K].to(torch.int8), scale, (q * scale.float()[..., None]).flatten(1)[:, :K]
 
 
+NARROW = [f"{kind}, x of 8 bits" for kind in ("int8", "int4", "minimums")]
+"""Kinds of integers, multiplied by integers of 8 bits instead of 16."""
+
+
+def of_8_bits(x, group):
+    """Rounds x `[rows,K]` to 127 steps each way in every group of columns."""
+    K = x.shape[1]
+    parts = torch.nn.functional.pad(x, (0, -K % group)).unflatten(1, (-1, group))
+    most = parts.abs().amax(-1, keepdim=True)
+    return ((parts * (127 / most)).round() * (most / 127)).flatten(1)[:, :K]
+
+
 class Packed:
     """A random matrix of a kind, packed; `exact` is what it stands for."""
 
     def __init__(self, library, kind, N, K, group):
+        kind, narrow = kind.removesuffix(", x of 8 bits"), kind in NARROW
         self.library, w, scales, self.minimums = library, torch.randn(N, K), None, None
         self.exact, rows = w.double(), w
         if kind == "bfloat16":
@@ -122,7 +135,7 @@ class Packed:
                 rows = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
         self.rows, self.scales = rows.contiguous(), scales
         number = KINDS.index("int4" if kind == "minimums" else kind)
-        self.matrix = Matrix(N, K, number, group if scales is not None else 0, kind == "minimums")
+        self.matrix = Matrix(N, K, number, group if scales is not None else 0, kind == "minimums", narrow)
         size = library.packed_bytes(ctypes.byref(self.matrix))
         self.blob = torch.full((size + 128,), 77, dtype=torch.uint8)
         at = -self.blob.data_ptr() % 64
@@ -147,13 +160,13 @@ class Packed:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("N", "K", "group"), [*SHAPES, *UNEVEN], ids=str)
-@pytest.mark.parametrize("kind", [*KINDS, "minimums"])
+@pytest.mark.parametrize("kind", [*KINDS, "minimums", *NARROW])
 def test_products_are_those_of_float64_however_many_rows(kind, N, K, group, library, same):
     packed = Packed(library, kind, N, K, group)
     x = torch.randn(13, K)
-    read = x.bfloat16() if kind == "bfloat16" and library.pairs() else x
+    read = x.bfloat16() if kind == "bfloat16" and library.pairs() else of_8_bits(x, group) if kind in NARROW else x
     # float32 sums; with integers x has 16 bits in each group, 2e-5 of its largest number
-    close = 4e-6 if kind in ("float32", "bfloat16") else 1e-4
+    close = 4e-6 if kind in ("float32", "bfloat16", *NARROW) else 1e-4
     for rows in (1, 2, 3, 7, 8, 13):
         y = packed(x[:rows])
         same(y[:, :N].double(), read[:rows].double() @ packed.exact.T, close)
@@ -162,26 +175,27 @@ def test_products_are_those_of_float64_however_many_rows(kind, N, K, group, libr
 
 
 @pytest.mark.parametrize(("N", "K", "group"), [*SHAPES, *UNEVEN], ids=str)
-@pytest.mark.parametrize("kind", [*KINDS, "minimums"])
+@pytest.mark.parametrize("kind", [*KINDS, "minimums", *NARROW])
 def test_products_of_the_many_rows_of_a_prompt(kind, N, K, group, library, same):
-    """Integers become bfloat16 there, where the CPU multiplies it: rounded at 2^-9, as x is."""
+    """Integers become bfloat16 there, where the CPU multiplies it: as x is, to 2^-9; beside x of 8 bits not."""
     packed = Packed(library, kind, N, K, group)
     x = torch.randn(45, K)
     y = packed(x)
     rounds = library.pairs() and kind != "float32"
-    same(y[:, :N].double(), x.double() @ packed.exact.T, 5e-3 if rounds else 1e-4)
+    read, close = (of_8_bits(x, group), 4e-6) if kind in NARROW else (x, 5e-3 if rounds else 1e-4)
+    same(y[:, :N].double(), read.double() @ packed.exact.T, close)
     assert not y[:, N:].any()
     same(y[33:], packed(x[:45].flip(0))[:12].flip(0), 0)  # wherever in the prompt a row is
 
 
 @pytest.mark.parametrize(("N", "K", "group"), [*SHAPES, *UNEVEN, (40, 1100, 64), (16, 640, 128)], ids=str)
-@pytest.mark.parametrize("kind", ["int8", "int4", "minimums"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "minimums", *NARROW])
 def test_integers_have_the_same_bits_in_tiles_as_in_vectors(kind, N, K, group, built, same):
     """The sums are exact, and what is done with them is done in the same order."""
     tiles, vectors = (Packed(built(name), kind, N, K, group) for name in ("amx", "avx512bf16"))
     vectors.rows, vectors.scales, vectors.minimums = tiles.rows, tiles.scales, tiles.minimums
     vectors.pack()
-    for rows in (1, 4, 7, 16, 17, 32):
+    for rows in (1, 4, 7, 16, 17, 32) if kind not in NARROW else (1, 4, 7, 16, 17, 32, 33, 61):
         x = torch.randn(rows, K)
         same(tiles(x), vectors(x), 0)
 
@@ -195,7 +209,7 @@ def test_a_row_can_be_read_alone(kind, library, same):
     assert row[70] == 7
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "minimums"])
+@pytest.mark.parametrize("kind", [*KINDS, "minimums", *NARROW])
 def test_what_is_not_finite_spoils_its_row_only(kind, library, same):
     packed = Packed(library, kind, 20, 96, 32)
     x = torch.randn(3, 96)
@@ -210,10 +224,10 @@ def test_what_is_not_finite_spoils_its_row_only(kind, library, same):
 
 def test_integers_at_their_ends_do_not_overflow(library, same):
     """-128 and -8 are integers too, and a group of 256 of the largest is the largest sum."""
-    for kind, low in (("int8", -128), ("int4", -8)):
+    for kind, low in (("int8", -128), ("int4", -8), (NARROW[0], -128), (NARROW[1], -8)):
         packed = Packed(library, kind, 16, 256, 256)
         rows = torch.full((16, 256), low, dtype=torch.int8)
-        if kind == "int4":
+        if low == -8:
             rows = (rows[:, ::2].to(torch.uint8) & 15) * 17
         packed.rows, packed.scales = rows.contiguous(), torch.ones(16, 1, dtype=torch.half)
         packed.pack()

@@ -1,6 +1,7 @@
 """The same C without Python: on this machine, for aarch64 under qemu and for WebAssembly under Node, against torch."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from retentive.data.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
 from retentive.files import load_tensors
 from retentive.infer.memory import ABOUT, blank, load_memory, save, tensors
 from retentive.models import ARCHITECTURES, build, load_state, retnet, transformer
-from retentive.native.library import FOLDER, OPS
-from retentive.ops.compiler import FLAGS, LINK
+from retentive.native import NativeModel
+from retentive.native.library import FOLDER, OPS, library
+from retentive.ops.compiler import FLAGS, LINK, NotBuilt
 from retentive.ops.rotary import Scaling
 from tests.configs import changed as config_with
 from tests.configs import hybrid, on_levels, stacked
@@ -120,12 +122,12 @@ def programs(once):
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name in CROSS else ()) for name in TARGETS])
 def logits(request, programs):
-    """`logits(folder, state, text, ids)`: the lines that logits.c prints, by their first word."""
+    """`logits(folder, state, text, ids, bits)`: the lines that logits.c prints, by their first word."""
     command = programs(request.param)
 
-    def run(folder, state, text, ids):
-        arguments = [str(folder), str(state), text, *map(str, ids)]
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    def run(folder, state, text, ids, bits=16):
+        arguments, set_to = [str(folder), str(state), text, *map(str, ids)], os.environ | {"ACTIVATIONS": str(bits)}
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, env=set_to)
         found = {}
         for line in done.stdout.splitlines():
             name, _, rest = line.partition(" ")
@@ -156,8 +158,10 @@ def test_threads_that_meet_when_it_is_least_convenient_go_on(target, programs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bits", ["16", "8"])
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_sums_of_integers_are_the_same_by_digits_and_by_blocks(name, programs, tmp_path):
+def test_sums_of_integers_are_the_same_by_digits_and_by_blocks(name, bits, programs, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACTIVATIONS", bits)
     folder_of(name, tmp_path, ByteTokenizer())
     ids = map(str, torch.randint(257, (31,)).tolist())
     arguments = [str(tmp_path), str(tmp_path / "state.safetensors"), "", *ids]
@@ -182,6 +186,21 @@ def test_logits_and_states_are_those_of_torch(name, logits, tmp_path, same):
     kept = load_state(tmp_path / "state.safetensors")
     assert kept.position.tolist() == [31] and kept.windows == model.config.windows
     same([x.float() for x in kept.named().values()], list(state.named().values()), close)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(isinstance(library(), NotBuilt), reason=str(library()))
+@pytest.mark.parametrize("name", ["int8", "levels-int4", "hybrid-int8"])
+def test_activations_of_8_bits_are_those_of_python(name, logits, tmp_path, same):
+    model = NativeModel(folder_of(name, tmp_path, ByteTokenizer()), activations="int8")
+    ids = torch.randint(257, (1, 31))
+    found = {bits: logits(tmp_path, tmp_path / f"{bits}.safetensors", "", ids[0].tolist(), bits) for bits in (8, 16, 7)}
+    want, state = model(ids[:, :15])
+    for n in range(15, 31):
+        want, state = model(ids[:, n : n + 1], state)
+    same(torch.tensor(found[8]["decoded"]), want[0, 0], 0.03)  # a number may be rounded to its other neighbour of 127
+    assert found[8]["decoded"] != found[16]["decoded"]
+    assert found[7] == {"code": 7}
 
 
 OLD_NAMES = [file.stem for file in sorted(OLD.glob("*.expected")) if file.stem != "adapter"]

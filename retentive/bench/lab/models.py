@@ -47,9 +47,11 @@ NAMES = {
     "llamacpp-q8_0": "Transformer twin, llama.cpp Q8_0",
     "llamacpp-q4_0": "Transformer twin, llama.cpp Q4_0",
     "hybrid": "hybrid",
+    "native-w8a8": "RetNet in C, int8, activations int8",
+    "native-w4a8": "RetNet in C, int4, activations int8",
 }
-BITS = {"bf16": None, "int8": 8, "int4": 4}
-"""Formats of the weights in C, with their bits if those are integers."""
+BITS = {"bf16": None, "int8": 8, "int4": 4, "w8a8": 8, "w4a8": 4}
+"""Formats of the weights in C, with their bits if those are integers; of w8a8 and w4a8 activations are int8, too."""
 NATIVE = tuple(name for name in NAMES if name.startswith("native-"))
 """Models in C."""
 LLAMACPP = {"llamacpp-f16": 16.0, "llamacpp-q8_0": 8.5, "llamacpp-q4_0": 4.5}
@@ -130,8 +132,10 @@ def make(name: str, config: Any, device: torch.device, dtype: torch.dtype = torc
     model = build(config)
     if name not in NATIVE:
         return model.to(device, dtype).eval()
-    model, bits = model.bfloat16().eval(), BITS[name.rpartition("-")[2]]
-    return NativeModel(model if bits is None else quantize(model, bits))
+    form = name.rpartition("-")[2]
+    model, bits = model.bfloat16().eval(), BITS[form]
+    activations = "int8" if form.endswith("a8") else "int16"
+    return NativeModel(model if bits is None else quantize(model, bits), activations=activations)
 
 
 @torch.inference_mode()

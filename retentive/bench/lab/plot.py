@@ -12,7 +12,7 @@ MOST = 8
 """Maximum curves of a panel; more cannot be told apart."""
 LOOKS = tuple(
     {"color": f"C{n % 10}", "linestyle": "-" if n < 10 else "--", "marker": marker, "markersize": 5}
-    for n, marker in enumerate("osv^DPX*hd<>p8H|x")
+    for n, marker in enumerate("osv^DPX*hd<>p8H|x+1")
 )
 """Colour and marker of the first, second, … model."""
 GREY = {"color": "0.6", "linewidth": 1}

@@ -198,7 +198,14 @@ INLINE void values_of_few(int low, i64 vectors, const Few *f) {
 }
 
 /* Numbers of vectors that heads have as a rule are known to the compiler, which then keeps a query in registers. */
-#define OF_FEW(name, part)                                            static void name(i64 dtype, const Few *f) {                           if (dtype && f->vectors == 2) part(1, 2, f);                      else if (dtype && f->vectors == 4) part(1, 4, f);                 else if (dtype && f->vectors == 8) part(1, 8, f);                 else if (dtype) part(1, f->vectors, f);                           else part(0, f->vectors, f);                                  }
+#define OF_FEW(name, part)                                                                                                 \
+    static void name(i64 dtype, const Few *f) {                                                                            \
+        if (dtype && f->vectors == 2) part(1, 2, f);                                                                       \
+        else if (dtype && f->vectors == 4) part(1, 4, f);                                                                  \
+        else if (dtype && f->vectors == 8) part(1, 8, f);                                                                  \
+        else if (dtype) part(1, f->vectors, f);                                                                            \
+        else part(0, f->vectors, f);                                                                                       \
+    }
 OF_FEW(scores_of, scores_of_few)
 OF_FEW(add_values_of, values_of_few)
 

@@ -29,7 +29,7 @@ typedef struct { const char *name; i64 rows; } Part; /* of a matrix; NULL: not i
 
 /* the parts one below the other, or panels of both in turn */
 static Matrix matrix_of(Folder *f, i64 K, int in_turn, const char *prefix, const Part *parts, int count) {
-    Matrix m = {0, K, FLOAT32, f->group, 0, NULL, NULL, NULL};
+    Matrix m = {.K = K, .kind = FLOAT32, .group = f->group};
     const char *rows[5] = {0}, *scales[5] = {0}, *minimums[5] = {0}, *dtype = NULL, *of_first = NULL;
     i64 panels = 0, first = 0;
     int have = 0;

@@ -2,11 +2,12 @@
 
 Sums are made in the same order however many rows there are, so that a sequence in a batch gets the bits that it gets
 alone. With bfloat16 weights x is rounded to bfloat16 where the CPU multiplies such pairs, as in torch. With integers x
-becomes integers of 16 bits, with a scale for each group of columns; their sums are exact, and so the same everywhere.
-Where the CPU multiplies bytes by fours (Arm's dot products), such an integer is two digits of 8 bits, each with a sign,
-and a group is gone through twice; where it multiplies blocks of them (Arm's I8MM), two rows of x at a time.
-Only prompts are multiplied by panels that were made bfloat16 just before, where pairs are at hand: all prompts, long
-and short ones, so that what is read with them makes no difference.
+becomes integers of 16 bits, with a scale for each group of columns, or of 8 where that was asked for (`narrow`); their
+sums are exact, and so the same everywhere. Where the CPU multiplies bytes by fours (Arm's dot products), an integer of 16
+bits is two digits of 8, each with a sign, and a group is gone through twice; where it multiplies blocks of them (Arm's
+I8MM), two rows of x at a time. AVX-512 takes integers of 16 bits as they are, and those of 8 by fours.
+Only prompts, of 16 bits, are multiplied by panels that were made bfloat16 just before, where pairs are at hand: all
+prompts, long and short ones, so that what is read with them makes no difference.
 */
 
 #pragma once
@@ -33,8 +34,9 @@ enum { AHEAD_BYTES = 8192 }; /* what is done to a line leaves few later ones in 
 typedef struct {        /* rows of x, made ready for matrices of one kind and group */
     i64 kind, group, K; /* K padded as the matrix's */
     i64 tiled;          /* for the tiles of AMX */
+    i64 narrow, digits; /* as the matrix's; of 8 bits that an integer is made of, 0: it is whole, of 16 */
     i64 width;          /* rows side by side: 1 or AT_ONCE; in tiles 16, or as many as there are */
-    int32_t *x;         /* units: a float, a pair of bfloat16 or of 16-bit integers, or four digits;
+    int32_t *x;         /* units: a float, a pair of bfloat16 or of whole integers, or four digits;
                            [rows / width][units][width], or [rows / width][units / 16] tiles of [width][16] */
     float *scale;       /* [rows][K / group] */
     int32_t *sum;       /* [rows][K / group], of the integers */
@@ -46,10 +48,12 @@ enum { HAVE_PAIRS = 1 };
 enum { HAVE_PAIRS = 0 }; /* bfloat16 weights become floats, and x stays so */
 #endif
 
-#ifdef __ARM_FEATURE_DOTPROD
-enum { DIGITS = 2 }; /* of an integer, in vectors; in tiles two, too */
+#if defined(__ARM_FEATURE_DOTPROD)
+enum { WIDE_DIGITS = 2, NARROW_DIGITS = 1, SIGNED = 1 }; /* of integers of 16 bits and of 8, in vectors; of bytes of int8 */
+#elif defined(__AVX512VNNI__)
+enum { WIDE_DIGITS = 0, NARROW_DIGITS = 1, SIGNED = 0 };
 #else
-enum { DIGITS = 1 };
+enum { WIDE_DIGITS = 0, NARROW_DIGITS = 0, SIGNED = 0 };
 #endif
 enum { INT8_IN_TILES = 4, INT4_IN_TILES = 17 }; /* rows from which they are faster */
 enum { APART = (int)AT_ONCE > (int)TILE ? (int)AT_ONCE : (int)TILE }; /* rows that each thread has to itself, at least */
@@ -57,11 +61,16 @@ enum { MOST = 127 * 256 + 127 }; /* the largest integer both of whose digits hav
 
 /* ---- x ---- */
 
-INLINE i64 units_of(i64 kind, i64 K) { return kind >= INT8 || (kind == BFLOAT16 && HAVE_PAIRS) ? K / 2 : K; }
+/* units of a row in vectors */
+INLINE i64 units_of(const Input *in) {
+    if (in->digits) return in->K / 4 * in->digits;
+    return in->kind >= INT8 || (in->kind == BFLOAT16 && HAVE_PAIRS) ? in->K / 2 : in->K;
+}
 
 /* units of a row in tiles */
-INLINE i64 units_in_tiles(i64 group, i64 K) {
-    return TILE * (group ? K / group * 2 * tiles_of_group(group) : (K + TILE_COLUMNS - 1) / TILE_COLUMNS);
+INLINE i64 units_in_tiles(const Input *in) {
+    if (!in->group) return TILE * ((in->K + TILE_COLUMNS - 1) / TILE_COLUMNS);
+    return TILE * (in->K / in->group * in->digits * tiles_of_group(in->group));
 }
 
 /* An input of so many rows for matrices of at most K columns, of any kind, in memory from *at on, which moves on. */
@@ -89,30 +98,36 @@ INLINE int in_tiles(i64 kind, i64 group, i64 rows) {
    those of a prompt, for which integers become bfloat16 where that is faster. */
 static Input input_for(const Input *all, const Matrix *m, i64 first, i64 rows, i64 prompt) {
     i64 most = round_up(m->K, MOST_GROUP_COLUMNS), at = first * (most / 16);
-    int expanded = HAVE_PAIRS && prompt && m->kind >= INT8 && !(m->kind == INT8 && in_tiles(INT8, m->group, 2 * TILE));
+    int tiles = m->kind == INT8 && in_tiles(INT8, m->group, 2 * TILE);
+    int expanded = HAVE_PAIRS && prompt && m->kind >= INT8 && !m->narrow && !tiles;
     i64 kind = expanded ? BFLOAT16 : m->kind, group = expanded ? 0 : m->group, tiled = in_tiles(kind, group, rows);
     i64 width = tiled ? smaller(rows, TILE) : rows == 1 ? 1 : AT_ONCE;
-    return (Input){kind,  group, padded_columns(m), tiled, width, all->x + first * most, all->scale + at, all->sum + at};
+    i64 digits = !group ? 0 : tiled ? 2 - m->narrow : m->narrow ? NARROW_DIGITS : WIDE_DIGITS;
+    return (Input){.kind = kind, .group = group, .K = padded_columns(m), .tiled = tiled, .narrow = m->narrow,
+                   .digits = digits, .width = width, .x = all->x + first * most, .scale = all->scale + at,
+                   .sum = all->sum + at};
 }
 
 /* The n integers of a group, in the order in which products take them: what is in one unit are columns of which the
-   weights have the same place in halves of 16 bits, or in bytes, whose digits are `apart` from each other. */
+   weights have the same place in halves of 16 bits, or in bytes; high digits are `apart` from low ones. */
 INLINE void put_ordered(i64 kind, int digits, const int16_t *from, i64 n, i64 apart, int16_t *to) {
     const int half = kind == INT4 ? 4 : 2;
     int8_t *high = (int8_t *)to, *low = high + apart;
     for (i64 k = 0; k < n; k += 2 * half)
         UNROLLED for (int place = 0; place < 2 * half; place++) {
             int16_t x = from[k + place], least = (int16_t)((x + 128 & 255) - 128);
-            i64 at = k + (digits == 1 ? place % half * 2 + place / half : kind == INT4 ? place % 2 * 4 + place / 2 : place);
-            if (digits == 1) to[at] = x;
+            i64 at = k + (!digits ? place % half * 2 + place / half : kind == INT4 ? place % 2 * 4 + place / 2 : place);
+            if (!digits) to[at] = x;
+            else if (digits == 1) high[at] = (int8_t)x;
             else high[at] = (int8_t)((x - least) >> 8), low[at] = (int8_t)least;
         }
 }
 
-/* A group's numbers as integers of 16 bits, their scale and their sum; n of `group` are there. */
-static void ready_group(i64 kind, int tiled, const float *x, i64 n, i64 group, int16_t *to, float *scale, int32_t *sum) {
+/* A group's numbers as integers, their scale and their sum; n of them are there. */
+static void ready_group(const Input *in, const float *x, i64 n, int16_t *to, float *scale, int32_t *sum) {
     int16_t q[MOST_GROUP_COLUMNS] = {0};
     int32_t all = 0, bits = 0; /* of the largest; such a maximum is one of vectors, unlike that of floats */
+    const float largest = in->narrow ? 127 : MOST;
     for (i64 k = 0; k < n; k++) {
         int32_t size;
         memcpy(&size, x + k, 4), size &= INT32_MAX;
@@ -122,26 +137,31 @@ static void ready_group(i64 kind, int tiled, const float *x, i64 n, i64 group, i
     memcpy(&most, &bits, 4);
     float spoilt = most * 0; /* what is not finite spoils its row */
     if (most > 1e-30f && spoilt == 0) {
-        float inverse = MOST / most;
+        float inverse = largest / most;
         for (i64 k = 0; k < n; k++) {
             int32_t rounded = (int32_t)rintf(x[k] * inverse);
             q[k] = (int16_t)rounded, all += rounded;
         }
     }
-    if (tiled) {
-        i64 apart = tiles_of_group(group) * LINE;
-        if (apart > group) memset(to, 0, 2 * apart);
-        if (kind == INT4) put_ordered(INT4, 2, q, group, apart, to);
-        else put_ordered(INT8, 2, q, group, apart, to);
-    } else if (kind == INT4) put_ordered(INT4, DIGITS, q, group, group, to);
-    else put_ordered(INT8, DIGITS, q, group, group, to);
-    *scale = most / MOST + spoilt, *sum = all;
+    i64 group = in->group, apart = in->tiled ? tiles_of_group(group) * LINE : group;
+    if (apart > group) memset(to, 0, in->digits * apart);
+#define PUT(kind)                                                                                                          \
+    if (in->digits == 2) put_ordered(kind, 2, q, group, apart, to);                                                        \
+    else if (in->digits == 1) put_ordered(kind, 1, q, group, apart, to);                                                   \
+    else put_ordered(kind, 0, q, group, apart, to)
+    if (in->kind == INT4) {
+        PUT(INT4);
+    } else {
+        PUT(INT8);
+    }
+#undef PUT
+    *scale = most / largest + spoilt, *sum = all;
 }
 
 /* a row of x [K] as row `r`; what is padded is 0 */
 static void ready_row(Input *in, i64 r, const float *x, i64 K) {
     i64 wide = in->K, groups = in->group ? wide / in->group : 0, tiled = in->tiled;
-    i64 units = tiled ? units_in_tiles(in->group, wide) : units_of(in->kind, wide);
+    i64 units = tiled ? units_in_tiles(in) : units_of(in);
     int32_t row[units], *to = in->x + r / in->width * in->width * units + r % in->width * (tiled ? TILE : 1);
     if (!groups && in->kind == BFLOAT16 && HAVE_PAIRS) {
         i64 whole = K / 16 * 16;
@@ -149,7 +169,7 @@ static void ready_row(Input *in, i64 r, const float *x, i64 K) {
         for (i64 k = whole; k < 2 * units; k++) ((uint16_t *)row)[k] = k < K ? to_bf16(x[k]) : 0;
     } else if (!groups) memcpy(row, x, K * 4), memset(row + K, 0, (wide - K) * 4);
     for (i64 g = 0, at; at = g * in->group, g < groups; g++)
-        ready_group(in->kind, tiled, x + at, smaller(in->group, K - at), in->group, (int16_t *)(row + units / groups * g),
+        ready_group(in, x + at, smaller(in->group, K - at), (int16_t *)(row + units / groups * g),
                     in->scale + r * groups + g, in->sum + r * groups + g);
     if (tiled)
         for (i64 u = 0; u < units; u += TILE) memcpy(to + u * in->width, row + u, LINE);
@@ -177,18 +197,21 @@ INLINE vf times_floats(int pairs, vf w, const int32_t *x, vf sum) {
 #endif
 }
 
-/* the weights of a unit that the j-th unit of x is multiplied by: halves of 16 bits, or bytes (of int8 with their sign) */
-INLINE vi weights_at(int four, vi units, int j) {
-    if (DIGITS == 2) return four ? units >> j * 4 & 0x0f0f0f0f : units ^ (int32_t)0x80808080;
+/* the weights of a unit that the j-th unit of x is multiplied by: bytes for digits, else halves of 16 bits */
+INLINE vi weights_at(int four, int digits, vi units, int j) {
+    if (digits) return four ? units >> j * 4 & 0x0f0f0f0f : SIGNED ? units ^ (int32_t)0x80808080 : units;
     return units >> j * (four ? 4 : 8) & (four ? 0x000f000f : 0x00ff00ff); /* signs come down, but not into the mask */
 }
 
-/* sum + the products of the halves, or bytes, of w and x, in every lane; w at most 255 */
-INLINE vi times_integers(vi w, const int32_t *x, vi sum) {
+/* sum + the products of the halves, or bytes for digits, of w and x, in every lane; w at most 255 */
+INLINE vi times_integers(int digits, vi w, const int32_t *x, vi sum) {
+    (void)digits;
 #if defined(__ARM_FEATURE_DOTPROD)
     return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)splat_unit((const float *)x));
 #elif defined(__AVX512VNNI__)
-    return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)w, (__m512i)splat_unit((const float *)x));
+    __m512i y = (__m512i)splat_unit((const float *)x);
+    if (digits) return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, y);
+    return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)w, y);
 #elif defined(__AVX512BW__)
     return sum + (vi)_mm512_madd_epi16((__m512i)w, (__m512i)splat_unit((const float *)x));
 #elif defined(__AVX2__)
@@ -207,11 +230,11 @@ INLINE vi times_integers(vi w, const int32_t *x, vi sum) {
 /* ---- blocks: two rows of weights, eight columns of each, times two rows of x, an instruction ---- */
 
 /* sum [rows][PARTS] = the sums of a group; where its x ends comes back. rows are even. */
-INLINE const int32_t *add_blocks(int rows, int four, i64 ahead, i64 group, const uint8_t *at, const int32_t *x,
-                                 i64 width, vi (*sum)[PARTS]) {
+INLINE const int32_t *add_blocks(int rows, int four, int digits, i64 ahead, i64 group, const uint8_t *at,
+                                 const int32_t *x, i64 width, vi (*sum)[PARTS]) {
     int32x4_t block[AT_ONCE / 2][PARTS][2]; /* of each pair of rows and vector of weights: rows 0 and 1, 2 and 3 */
     memset(block, 0, sizeof block);
-    for (int digit = 0; digit < 2; digit++) {
+    for (int digit = 0; digit < digits; digit++) {
         const uint8_t *line = at;
         for (int i = 0; digit && i < AT_ONCE / 2 * PARTS * 2; i++) ((vi *)block)[i] <<= 8;
         for (i64 k = 0; k < group; k += 8, line += four ? LINE : 2 * LINE, x += 2 * width) {
@@ -224,8 +247,8 @@ INLINE const int32_t *add_blocks(int rows, int four, i64 ahead, i64 group, const
                 const uint8_t *from = line + p * 4 * LANES;
                 if (ahead && !p && !digit) __builtin_prefetch(from + ahead);
                 vi units = (vi)load((const float *)from), more = four ? units : (vi)load((const float *)(from + LINE));
-                int32x4_t first = (int32x4_t)weights_at(four, units, 0);
-                int32x4_t then = (int32x4_t)weights_at(four, more, four ? 1 : 0);
+                int32x4_t first = (int32x4_t)weights_at(four, 1, units, 0);
+                int32x4_t then = (int32x4_t)weights_at(four, 1, more, four ? 1 : 0);
                 int8x16_t low = (int8x16_t)vzip1q_s32(first, then), high = (int8x16_t)vzip2q_s32(first, then);
                 UNROLLED for (int r = 0; r < rows / 2; r++) {
                     block[r][p][0] = vmmlaq_s32(block[r][p][0], low, (int8x16_t)two[r]);
@@ -264,19 +287,19 @@ INLINE void panels_of_floats(int panels, int rows, int kind, i64 ahead, i64 line
             UNROLLED for (int p = 0; p < PARTS; p++) store(y + r * ld + n * ROWS + p * LANES, sum[n][r][p]);
 }
 
-INLINE void panels_of_integers(int panels, int rows, int kind, int least, i64 ahead, i64 groups, i64 group,
+INLINE void panels_of_integers(int panels, int rows, int kind, int least, int digits, i64 ahead, i64 groups, i64 group,
                                const uint8_t *at, i64 bytes, const uint16_t *scales, const uint16_t *minimums,
                                const int32_t *x, i64 width, const float *scale, const int32_t *sums, float *y, i64 ld) {
     vf total[WIDE][AT_ONCE][PARTS] = {{{{0}}}};
-    const int four = kind == INT4, unit = four ? 8 : 4, units = unit / 2 / DIGITS;
-    const int zero = least ? 0 : four ? 8 : DIGITS == 2 ? 0 : 128;
+    const int four = kind == INT4, unit = four ? 8 : 4, units = unit / (digits ? 4 : 2);
+    const int zero = least ? 0 : four ? 8 : SIGNED ? 0 : 128;
     for (i64 g = 0; g < groups; g++) {
         vi sum[WIDE][AT_ONCE][PARTS] = {{{{0}}}};
         int digit = 0;
 #ifdef BLOCKS
-        if (rows > 1) x = add_blocks(rows, four, ahead, group, at, x, width, sum[0]), digit = DIGITS;
+        if (rows > 1) x = add_blocks(rows, four, digits, ahead, group, at, x, width, sum[0]), digit = digits;
 #endif
-        for (; digit < DIGITS; digit++) {
+        for (; digit < (digits ? digits : 1); digit++) {
             const uint8_t *line = at;
             for (int i = 0; digit && i < WIDE * AT_ONCE * PARTS; i++) ((vi *)sum)[i] <<= 8;
             for (i64 k = 0; k < group; k += unit, line += LINE, x += units * width)
@@ -287,7 +310,8 @@ INLINE void panels_of_integers(int panels, int rows, int kind, int least, i64 ah
                         vi w = (vi)load((const float *)(from + p * 4 * LANES));
                         UNROLLED for (int j = 0; j < units; j++)
                             UNROLLED for (int r = 0; r < rows; r++)
-                                sum[n][r][p] = times_integers(weights_at(four, w, j), x + j * width + r, sum[n][r][p]);
+                                sum[n][r][p] =
+                                    times_integers(digits, weights_at(four, digits, w, j), x + j * width + r, sum[n][r][p]);
                     }
         }
         at += group / unit * LINE;
@@ -314,7 +338,7 @@ INLINE void some(int panels, int rows, const Matrix *m, const Input *in, i64 r, 
     const uint8_t *at = m->lines + panel * bytes;
     const uint16_t *scales = m->scales + panel * groups * ROWS;
     const uint16_t *minimums = m->least ? m->minimums + panel * groups * ROWS : NULL;
-    const int32_t *x = in->x + r / in->width * in->width * units_of(m->kind, in->K) + r % in->width;
+    const int32_t *x = in->x + r / in->width * in->width * units_of(in) + r % in->width;
     i64 width = rows > 1 ? AT_ONCE : in->width;
     const float *scale = in->scale + r * groups;
     const int32_t *sum = in->sum + r * groups;
@@ -324,12 +348,20 @@ INLINE void some(int panels, int rows, const Matrix *m, const Input *in, i64 r, 
     y += r * ld + panel * ROWS;
     if (m->kind == FLOAT32) panels_of_floats(panels, rows, FLOAT32, ahead, lines, at, bytes, x, width, y, ld);
     else if (m->kind == BFLOAT16) panels_of_floats(panels, rows, BFLOAT16, ahead, lines, at, bytes, x, width, y, ld);
-#define INTEGERS(kind, least)                                                                                              \
-    panels_of_integers(panels, rows, kind, least, ahead, groups, m->group, at, bytes, scales, minimums, x, width, scale,   \
-                       sum, y, ld)
-    else if (m->kind == INT8) INTEGERS(INT8, 0);
-    else if (m->least) INTEGERS(INT4, 1);
-    else INTEGERS(INT4, 0);
+#define INTEGERS(kind, least, digits)                                                                                      \
+    panels_of_integers(panels, rows, kind, least, digits, ahead, groups, m->group, at, bytes, scales, minimums, x, width,  \
+                       scale, sum, y, ld)
+#define EITHER(kind, least)                                                                                                \
+    if ((int)NARROW_DIGITS != (int)WIDE_DIGITS && in->narrow) INTEGERS(kind, least, NARROW_DIGITS);                        \
+    else INTEGERS(kind, least, WIDE_DIGITS)
+    else if (m->kind == INT8) {
+        EITHER(INT8, 0);
+    } else if (m->least) {
+        EITHER(INT4, 1);
+    } else {
+        EITHER(INT4, 0);
+    }
+#undef EITHER
 #undef INTEGERS
 }
 
@@ -388,7 +420,7 @@ static void product_in_tiles(const Matrix *m, const Input *in, i64 rows, i64 fir
     i64 groups = groups_of(m), as_they_lie = m->kind == BFLOAT16 || (m->kind == INT8 && !pairs);
     /* few rows take one panel after the other, as it comes from memory; many ask for the next two with the first rows */
     i64 together = rows > TILE ? 2 : 1, ahead = !as_they_lie ? 0 : together == 1 ? AHEAD_BYTES : 2 * bytes;
-    Tiled x = {(const uint8_t *)in->x, rows, in->width, in->width * units_in_tiles(in->group, in->K) * 4};
+    Tiled x = {(const uint8_t *)in->x, rows, in->width, in->width * units_in_tiles(in) * 4};
     TileConfig before;
     open_tiles(&before, (int)in->width);
     for (i64 n; first < last; first += n) {
@@ -400,8 +432,10 @@ static void product_in_tiles(const Matrix *m, const Input *in, i64 rows, i64 fir
         float *to = y + first * ROWS;
         if (pairs && n == 2) pairs_in_tiles(2, lines, at, bytes, ahead, x, to, ld);
         else if (pairs) pairs_in_tiles(1, lines, at, bytes, ahead, x, to, ld);
-        else if (n == 2) digits_in_tiles(2, m->group / 4, at, bytes, ahead, s, x, to, ld);
-        else digits_in_tiles(1, m->group / 4, at, bytes, ahead, s, x, to, ld);
+        else if (n == 2 && in->narrow) digits_in_tiles(2, 1, m->group / 4, at, bytes, ahead, s, x, to, ld);
+        else if (n == 2) digits_in_tiles(2, 2, m->group / 4, at, bytes, ahead, s, x, to, ld);
+        else if (in->narrow) digits_in_tiles(1, 1, m->group / 4, at, bytes, ahead, s, x, to, ld);
+        else digits_in_tiles(1, 2, m->group / 4, at, bytes, ahead, s, x, to, ld);
     }
     close_tiles(&before);
 }
@@ -417,7 +451,7 @@ static void product(const Matrix *m, const Input *in, i64 rows, i64 first, i64 l
 #endif
 #ifdef __AVX512BF16__
     for (i64 n; m->kind != in->kind && first < last; first += n) {
-        Matrix made = {0, padded_columns(m), BFLOAT16, 0, 0, space, NULL, NULL};
+        Matrix made = {.K = padded_columns(m), .kind = BFLOAT16, .lines = space};
         n = smaller(PANELS, last - first);
         for (i64 p = 0; p < n; p++) expand(m, first + p, space + p * lines_of_panel(&made) * LINE);
         if (n == PANELS) strips(PANELS, &made, in, rows, 0, y + first * ROWS, ld);
@@ -428,7 +462,8 @@ static void product(const Matrix *m, const Input *in, i64 rows, i64 first, i64 l
     /* a row of floats waits for additions, and its next lines with it; integers take longer to unpack than to add */
     int wide = WIDE > PANELS && rows == 1 && m->kind < INT8;
     for (; wide && first + WIDE <= last; first += WIDE) some(WIDE, 1, m, in, 0, first, y, ld);
-    i64 few = m->kind < INT8 ? AT_ONCE : 2 * AT_ONCE; /* what integers take leaves no register for a second panel */
+    /* what integers of 16 bits take leaves no register for a second panel */
+    i64 few = m->kind < INT8 || in->digits == 1 ? AT_ONCE : 2 * AT_ONCE;
     for (; PANELS == 2 && rows > few && first + 2 <= last; first += 2) strips(2, m, in, rows, first, y, ld);
     for (; first < last; first++) strips(1, m, in, rows, first, y, ld);
 }

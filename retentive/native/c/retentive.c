@@ -46,6 +46,16 @@ Retentive *retentive_open(const char *folder, int threads, char *error) {
 }
 
 void retentive_use_threads(Retentive *r, int threads) { r->threads = threads < 1 ? 1 : threads; }
+int retentive_use_activations(Retentive *r, int bits) {
+    int narrow = bits == 8;
+    if (!narrow && bits != 16) return 0;
+    r->folder.model.head.narrow = narrow;
+    for (i64 i = 0; i < r->folder.model.layers; i++) {
+        Layer *l = r->folder.layers + i;
+        l->in.narrow = l->out.narrow = l->up.narrow = l->down.narrow = narrow;
+    }
+    return 1;
+}
 #ifdef __wasm_atomics__
 void retentive_join(Retentive *r) { join(r->pool); }
 #endif

@@ -26,6 +26,9 @@ typedef struct RetentiveStates RetentiveStates;
 Retentive *retentive_open(const char *folder, int threads, char *error);
 /* From the next call on at most so many of them, at least 1. */
 void retentive_use_threads(Retentive *model, int threads);
+/* Bits of the integers that activations become beside weights of integers: 16, as at first, or 8, which loses next to
+   nothing and is faster in prompts and with many sequences. Other numbers change nothing, and give 0. */
+int retentive_use_activations(Retentive *model, int bits);
 #ifdef __wasm_atomics__
 /* In a browser the threads are workers of the page, which call this; it never returns. */
 void retentive_join(Retentive *model);

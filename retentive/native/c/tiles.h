@@ -1,8 +1,8 @@
 /* y = x W^T in the tiles of AMX, which multiply 16 rows of x by 16 of a matrix, 64 bytes of each, at once.
 
 A tile of weights is 16 lines of a panel, just as they lie, and x is made ready in tiles as well. With bfloat16 sums are
-made in another order than in vectors. Integers of x are two digits, of a sign and 8 bits each: what the tiles add up
-is exact, and what follows is done as in vectors, so that the bits are the same.
+made in another order than in vectors. Integers of x of 16 bits are two digits, of a sign and 8 bits each: what the tiles
+add up is exact, and what follows is done as in vectors, so that the bits are the same.
 */
 
 #pragma once
@@ -90,9 +90,10 @@ INLINE void pairs_in_tiles(int across, i64 lines, const uint8_t *at, i64 bytes, 
     }
 }
 
-/* int32 sums [digit][panel][16][16] of a group, from its tiles of two digits of x one after the other */
-INLINE void group_in_tiles(int across, i64 tiles, const uint8_t *x, i64 width, const uint8_t *at, i64 bytes, i64 ahead,
-                           int32_t *sums) {
+/* int32 sums [2][panel][16][16] of a group, from its tiles at x and, unless it is 0, `other` bytes further on: low digits,
+   or other rows */
+INLINE void group_in_tiles(int across, i64 tiles, const uint8_t *x, i64 other, i64 width, const uint8_t *at, i64 bytes,
+                           i64 ahead, int32_t *sums) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -102,13 +103,15 @@ INLINE void group_in_tiles(int across, i64 tiles, const uint8_t *x, i64 width, c
         _tile_loadd(6, at, LINE);
         _tile_loadd(4, x, LINE);
         _tile_dpbsud(0, 4, 6);
-        _tile_loadd(5, x + tiles * width * LINE, LINE);
-        _tile_dpbsud(2, 5, 6);
+        if (other) {
+            _tile_loadd(5, x + other, LINE);
+            _tile_dpbsud(2, 5, 6);
+        }
         if (across == 2) {
             ask_ahead(at + bytes, ahead);
             _tile_loadd(7, at + bytes, LINE);
             _tile_dpbsud(1, 4, 7);
-            _tile_dpbsud(3, 5, 7);
+            if (other) _tile_dpbsud(3, 5, 7);
         }
     }
     _tile_stored(0, sums, LINE);
@@ -124,15 +127,16 @@ typedef struct { /* what integers stand for, from a row and a panel on */
     const int32_t *sum;                /* of x [rows][groups] */
 } Stands;
 
-/* y [rows][16 a panel] += what the sums of group g stand for */
-INLINE void add_group(int across, Stands s, i64 g, const int32_t *sums, i64 rows, float (*y)[2 * TILE]) {
+/* y [rows][16 a panel] += what the sums of group g stand for: of two digits of 16 rows, or of one of up to 32 */
+INLINE void add_group(int across, int digits, Stands s, i64 g, const int32_t *sums, i64 rows, float (*y)[2 * TILE]) {
     for (int n = 0; n < across; n++) {
         i64 of_group = (n * s.groups + g) * ROWS;
         vf of_rows = scales_at(s.scales + of_group), least = s.minimums ? scales_at(s.minimums + of_group) : splat(0);
-        const int32_t *high = sums + n * TILE * TILE, *low = high + 2 * TILE * TILE;
         for (i64 r = 0; r < rows; r++) {
-            vi digits = (vi)load((const float *)(high + r * TILE)) << 8;
-            vi exact = digits + (vi)load((const float *)(low + r * TILE)) - (int32_t)s.zero * s.sum[r * s.groups + g];
+            const int32_t *of_row = sums + (r / TILE * 2 + n) * TILE * TILE + r % TILE * TILE;
+            vi exact = (vi)load((const float *)of_row);
+            if (digits == 2) exact = (exact << 8) + (vi)load((const float *)(of_row + 2 * TILE * TILE));
+            exact -= (int32_t)s.zero * s.sum[r * s.groups + g];
             vf scale = of_rows * splat(s.scale[r * s.groups + g]);
             vf sum = load(y[r] + n * TILE) + __builtin_convertvector(exact, vf) * scale;
             if (s.minimums) sum += least * splat(s.sum[r * s.groups + g] * s.scale[r * s.groups + g]);
@@ -142,26 +146,27 @@ INLINE void add_group(int across, Stands s, i64 g, const int32_t *sums, i64 rows
 }
 
 /* y [rows][16 a panel] of panels of bytes, x in tiles of digits; a group is `lines` long */
-INLINE void digits_in_tiles(int across, i64 lines, const uint8_t *at, i64 bytes, i64 ahead, Stands s, Tiled in, float *y,
-                            i64 ld) {
+INLINE void digits_in_tiles(int across, int digits, i64 lines, const uint8_t *at, i64 bytes, i64 ahead, Stands s, Tiled in,
+                            float *y, i64 ld) {
     _Alignas(64) int32_t sums[2][4 * TILE * TILE]; /* of two groups: one is multiplied while the other is added */
-    _Alignas(64) float all[TILE][2 * TILE];
+    _Alignas(64) float all[2 * TILE][2 * TILE];
     i64 tiles = tiles_of_group(lines * 4), step = in.rows > TILE ? TILES_DEEP * TILE / lines : s.groups;
+    i64 of_group = digits * tiles * in.width * LINE, down = digits == 1 ? 2 * TILE : TILE; /* bytes of x; rows at once */
     for (i64 first = 0, last; first < s.groups; first = last) {
         last = smaller(first + step, s.groups);
-        for (i64 r = 0; r < in.rows; r += TILE) {
-            const uint8_t *x = in.at + r / TILE * in.ld + first * 2 * tiles * in.width * LINE;
-            i64 n = smaller(TILE, in.rows - r);
+        for (i64 r = 0; r < in.rows; r += down) {
+            const uint8_t *x = in.at + r / TILE * in.ld + first * of_group;
+            i64 n = smaller(down, in.rows - r), other = digits == 2 ? of_group / 2 : n > TILE ? in.ld : 0;
             Stands of_tile = {s.groups, s.zero, s.scales, s.minimums, s.scale + r * s.groups, s.sum + r * s.groups};
             for (i64 i = 0; i < n; i++)
                 if (first) memcpy(all[i], y + (r + i) * ld, across * LINE);
                 else memset(all[i], 0, across * LINE);
-            for (i64 g = first; g < last; g++, x += 2 * tiles * in.width * LINE) {
+            for (i64 g = first; g < last; g++, x += of_group) {
                 const uint8_t *group = at + g * lines * LINE;
-                group_in_tiles(across, tiles, x, in.width, group, bytes, r ? 0 : ahead, sums[g % 2]);
-                if (g > first) add_group(across, of_tile, g - 1, sums[(g - 1) % 2], n, all);
+                group_in_tiles(across, tiles, x, other, in.width, group, bytes, r ? 0 : ahead, sums[g % 2]);
+                if (g > first) add_group(across, digits, of_tile, g - 1, sums[(g - 1) % 2], n, all);
             }
-            add_group(across, of_tile, last - 1, sums[(last - 1) % 2], n, all);
+            add_group(across, digits, of_tile, last - 1, sums[(last - 1) % 2], n, all);
             for (i64 i = 0; i < n; i++) memcpy(y + (r + i) * ld, all[i], across * LINE);
         }
     }

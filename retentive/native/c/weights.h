@@ -23,7 +23,7 @@ enum { FLOAT32, BFLOAT16, INT8, INT4 };
 
 typedef struct {
     i64 N, K, kind, group; /* group: columns with one scale, a multiple of 16; 0 for floats */
-    i64 least;             /* whether there are minimums */
+    i64 least, narrow;     /* whether there are minimums; whether x becomes integers of 8 bits beside these, not of 16 */
     const uint8_t *lines;
     const uint16_t *scales, *minimums; /* NULL: none */
 } Matrix;
