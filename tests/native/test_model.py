@@ -549,7 +549,7 @@ def test_it_is_not_copied(one, refuses):
 
 
 def test_without_memory_for_it_torch_goes_on_where_nobody_chose(one, monkeypatch, refuses):
-    def full(*_):
+    def full(*_, **__):
         raise MemoryError("no memory for 9 MB of packed weights")
 
     monkeypatch.setattr("retentive.native.model.Packed", full)
