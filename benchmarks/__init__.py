@@ -23,5 +23,6 @@ BENCHES = {
     "soak": "benchmarks.soak",
     "students": "benchmarks.students",
     "state-precision": "benchmarks.state_precision",
+    "gpu": "benchmarks.gpu",
 }
 """The module of each name, imported when its benchmark runs."""

@@ -44,12 +44,14 @@ class Shape(NamedTuple):
 SHAPES = {
     "5m": Shape(8, 4, 64, 112, (512, 1024)),
     "small": Shape(1, 8, 64, 128, (2048, 8192, 32768)),
+    "medium": Shape(1, 8, 128, 256, (2048, 8192, 32768)),
     "1.3B": Shape(1, 8, 256, 512, (2048, 8192, 32768)),
     "6.7B": Shape(1, 16, 256, 512, (2048, 8192)),
     "long": Shape(1, 8, 64, 128, (32768, 65536, 131072)),
 }
-"""Shapes. 5m: a training batch of our own small model. small: heads a quarter of the paper's size. 1.3B, 6.7B: the
-paper's models, 2,048 and 4,096 wide with heads of 256. long: lengths out of reach for quadratic time."""
+"""Shapes. 5m: a training batch of our own small model. small, medium: heads a quarter and half of the paper's
+size. 1.3B, 6.7B: the paper's models, 2,048 and 4,096 wide with heads of 256. long: lengths out of reach for quadratic
+time."""
 
 
 PICTURE = "Retention"
@@ -60,7 +62,7 @@ class Options(OnDevice):
     """The operator: time and memory of forward and backward passes beside its rivals and the machine's limit."""
 
     shapes: tuple[str, ...] = ("small", "1.3B")
-    """Shapes: 5m (heads of our small model), small (a quarter of the paper's), 1.3B, 6.7B, long (the paper's)."""
+    """Shapes: 5m (heads of our small model), small, medium (a quarter and half of the paper's), 1.3B, 6.7B, long."""
     lengths: tuple[int, ...] = ()
     """Sequence lengths. Default: each shape's own."""
     dtypes: tuple[str, ...] = ("fp32",)

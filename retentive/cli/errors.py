@@ -53,12 +53,24 @@ def as_typed(value: Any) -> str:
 
 def described(error: BaseException, verb: str = "") -> str:
     """Return the error's message on one line, its options as flags if this package raised it."""
-    said = " ".join(str(error).split()) or "there is not enough memory"
+    said = of_memory(error) or " ".join(str(error).split()) or "there is not enough memory"
     frames = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
     if frames and Path(frames[-1]).is_relative_to(PACKAGE):
         said = flags(said, verb)
     # escape sequences in a file's name must not reach the terminal
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in said)
+
+
+def of_memory(error: BaseException) -> str | None:
+    """Return one line on a lack of memory that torch reports, on a CPU by a RuntimeError; None for other errors."""
+    gpu = type(error).__name__ == "OutOfMemoryError"
+    if not gpu and not (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+        return None
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+    full = f"the memory of the {'GPU' if gpu else 'machine'} is full" + (
+        f", {asked[1]} more were wanted" if asked else ""
+    )
+    return f"{full}: take smaller batches, shorter rows or a smaller model"
 
 
 @contextmanager
@@ -74,8 +86,8 @@ def one_line(verb: str = "") -> Iterator[None]:
         sys.exit(130)  # 128 + SIGINT, as in shells
     except BrokenPipeError:  # the reader has gone, as `| head`; the flush at exit then goes to the null device
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ArithmeticError, ImportError, MemoryError) as error:
-        if os.environ.get("RETENTIVE_DEBUG"):
+    except (ValueError, OSError, ArithmeticError, ImportError, MemoryError, RuntimeError) as error:
+        if os.environ.get("RETENTIVE_DEBUG") or (isinstance(error, RuntimeError) and not of_memory(error)):
             raise
         rank = os.environ.get("RANK", "0")  # of several processes that train together
         who = "retentive:" if rank == "0" else f"retentive: rank {rank}:"

@@ -13,10 +13,18 @@ from retentive.train.step import Training
 
 
 def pick_precision(name: Precision, device: torch.device) -> Precision:
-    """fp32 or bf16; "auto" measures now, and picks bf16 if a matrix product is more than 1.3 times as fast in it."""
+    """fp32 or bf16; "auto" measures now, and picks bf16 if a matrix product is more than 1.3 times as fast in it.
+
+    Raises:
+        ValueError: bf16 on a GPU without it.
+    """
+    lacks = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "bf16" and lacks:
+        gpu = torch.cuda.get_device_name(device)
+        raise ValueError(f"`precision='bf16'` needs a GPU of compute capability 8.0 or newer, this is {gpu}: take fp32")
     if name != "auto":
         return name
-    if device.type == "mps":
+    if device.type == "mps" or lacks:
         return "fp32"
     bf16 = fp32 = 0.0
     for _ in range(8):  # in turn, so that a busy neighbour slows both alike

@@ -417,6 +417,27 @@ def test_without_memory(refused, monkeypatch):
     refused(["generate", "run", "--prompt", "a", "--engine", "native"], "no memory for 9 MB of packed weights")
 
 
+@pytest.mark.parametrize(
+    ("full", "words"),
+    [
+        (
+            lambda *_, **__: torch.empty(1 << 60),
+            "the memory of the machine is full, 4611686018427387904 bytes more were wanted: take",
+        ),
+        (
+            lambda *_, **__: (_ for _ in ()).throw(
+                torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.10 GiB in all.")
+            ),
+            "the memory of the GPU is full, 20.00 GiB more were wanted: take smaller batches, shorter rows or",
+        ),
+    ],
+    ids=["machine", "gpu"],
+)
+def test_without_memory_for_a_tensor(full, words, refused, monkeypatch):
+    monkeypatch.setattr("retentive.native.model.Packed", full)
+    refused(["generate", "run", "--prompt", "a", "--engine", "native"], words)
+
+
 SFT = {
     "no-answers": (
         {"messages": [{"role": "user", "content": "a"}]},

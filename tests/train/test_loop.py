@@ -232,6 +232,14 @@ def test_auto_takes_bf16_where_it_is_faster(speed, want, monkeypatch):
     assert (pick_precision("fp32", CPU), pick_precision("bf16", CPU)) == ("fp32", "bf16")
 
 
+def test_a_gpu_without_bf16_trains_in_fp32(monkeypatch, refuses):
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Tesla T4")
+    assert pick_precision("auto", torch.device("cuda")) == "fp32"
+    with refuses("`precision='bf16'` needs a GPU of compute capability 8.0 or newer, this is Tesla T4: take fp32"):
+        pick_precision("bf16", torch.device("cuda"))
+
+
 def test_what_auto_meant_at_first_it_means_on_resuming(run, monkeypatch, same_end):
     rate = {torch.float32: 1.0, torch.bfloat16: 2.0}
     monkeypatch.setattr("retentive.train.speed.gemm_rate", lambda device, dtype, **how: rate[dtype])

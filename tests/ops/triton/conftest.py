@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import torch
 
-from tests.ops.triton import interpreted
+from benchmarks.lab import interpreter
 
 if find_spec("triton") and not torch.cuda.is_available():
-    interpreted.enable()
+    interpreter.enable()

@@ -4,10 +4,11 @@ Untouched memory is free, so the tensors may have 2^31 elements and more. Only p
 32-bit offsets they would write to unmapped memory, which ends the process.
 """
 
-import interpreted
 import torch
 
-interpreted.enable()  # before Triton is imported
+from benchmarks.lab.interpreter import enable
+
+enable()  # before Triton is imported
 
 from triton.runtime import interpreter  # noqa: E402
 

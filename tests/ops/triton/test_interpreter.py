@@ -1,13 +1,12 @@
 """The Triton kernels against `reference` in float64, by the gold rule, with all gradients.
 
-Without a GPU they run in Triton's interpreter (interpreted.py), where float32 products are exact. Cases are few and
-small, since a program takes milliseconds there.
+Without a GPU they run in Triton's interpreter (benchmarks/lab/interpreter.py), where float32 products are exact. Cases
+are few and small, since a program takes milliseconds there.
 """
 
 import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -277,8 +276,8 @@ def test_offsets_are_64_bit():
 
     Runs in a separate process, which a wrong address would end, and only the programs of that sequence.
     """
-    script = Path(__file__).with_name("far_away.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+    script = "tests.ops.triton.far_away"
+    done = subprocess.run([sys.executable, "-m", script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{done.returncode} {done.stderr[-2000:]}"
 
 

@@ -94,3 +94,23 @@ def _round_bfloat16() -> None:
 
     interpreter._convert_float = new_convert
     interpreter.InterpreterBuilder.create_dot = new_dot
+
+
+def main(argv: list[str]) -> None:
+    """Runs `retentive ARGV` or `benchmarks ARGV` on the CPU with retention in the interpreter in the place of C."""
+    enable()
+    from retentive.ops import backends
+
+    backends.BACKENDS["cpu"] = backends.Backend(lambda call: None, backends.run_triton, "cpu")
+    if argv[0] == "retentive":
+        from retentive.cli import main as program
+
+        program(argv[1:])
+    else:
+        from benchmarks.__main__ import run
+
+        run(argv[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
