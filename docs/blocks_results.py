@@ -109,6 +109,29 @@ def serving_native() -> str:
     return table(" | " + " | ".join(names.values()), f"16 streams, tokens/s in all | {cells}")
 
 
+def activations() -> str:
+    """Speed of the engine with activations of 8 bits, beside those of 16 and llama.cpp."""
+    names = {
+        "native-int8": "int8",
+        "native-w8a8": "W8A8",
+        "native-w4a8": "W4A8",
+        "llamacpp-q8_0": "llama.cpp Q8_0",
+        "llamacpp-q4_0": "Q4_0",
+    }
+    lines = [
+        f"{batch} sequence{'s' * (batch > 1)} after 2,048 tokens, ms a step | "
+        + milliseconds(native("decode-w8a8-130m", 2048, batch), names)
+        for batch in (1, 8, 16)
+    ]
+    prompts = row(result("prefill-w8a8-130m", EPYC)["rows"], length=2048)["models"]
+    cells = " | ".join(f"{prompts[name]['tokens_per_second']:,.0f}" for name in names)
+    lines.append(f"prompt of 2,048 tokens, tokens/s | {cells}")
+    streams = result("serving-w8a8-130m", EPYC)["tokens_per_second"]
+    cells = " | ".join(f"{streams[name]['median']:,.0f}" if name in streams else "–" for name in names)
+    lines.append(f"16 streams through the engine, states of 16 bits, tokens/s | {cells}")
+    return table(" | " + " | ".join(names.values()), *lines)
+
+
 def quantization() -> str:
     """Quality loss from quantisation."""
     found = result("quantization-5m", EPYC)

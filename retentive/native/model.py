@@ -134,6 +134,7 @@ class NativeModel(LanguageModel):
         self.config, self.origin = model.config, model.origin
         for name, module in model.named_children():
             self.add_module(name, module)
+        self.activations = activations
         self._packed = Packed(model, narrow=activations == "int8")
         self._threads = Threads(threads or torch.get_num_threads())
         self._kept: Places | None = None
