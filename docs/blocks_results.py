@@ -128,7 +128,7 @@ def activations() -> str:
     lines.append(f"prompt of 2,048 tokens, tokens/s | {cells}")
     streams = result("serving-w8a8-130m", EPYC)["tokens_per_second"]
     cells = " | ".join(f"{streams[name]['median']:,.0f}" if name in streams else "–" for name in names)
-    lines.append(f"16 streams through the engine, states of 16 bits, tokens/s | {cells}")
+    lines.append(f"16 streams through the engine, states of 8 bits, tokens/s | {cells}")
     return table(" | " + " | ".join(names.values()), *lines)
 
 

@@ -30,6 +30,7 @@ from retentive.bench.lab.options import Say, Sized, silent
 from retentive.bench.lab.server import server
 from retentive.infer import SamplingParams
 from retentive.infer.cache import PrefixCache
+from retentive.infer.decoder import STATES
 from retentive.infer.engine import Engine
 from retentive.infer.sample import Sampler, pick
 from retentive.models import LanguageModel, cost
@@ -61,7 +62,7 @@ class Options(Sized):
     precision: str = "fp32"
     """Precision of the weights of retnet, bf16 or fp32."""
     state_precision: str = "fp32"
-    """Precision of retention states of the models in C, fp32 or bf16."""
+    """Precision of retention states of the models in C: fp32, bf16 or int8."""
     models: tuple[str, ...] = MODELS
     """Models, each with its own engine: retnet. In C, with -bf16, -int8 or -int4: native, native-twin (its Transformer
     twin), native-hybrid."""
@@ -75,7 +76,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         ValueError: a precision or model is unknown.
     """
     known([options.precision], models.PRECISIONS, "precision")
-    known([options.state_precision], models.PRECISIONS, "state_precision")
+    known([options.state_precision], STATES, "state_precision")
     cpu, dtype = torch.device("cpu"), models.PRECISIONS[options.precision]
     names = models.chosen(options.models, MODELS, cpu, say)
     model, *others = (models.make(name, models.config_of(name, options.config), cpu, dtype) for name in names)
@@ -100,9 +101,7 @@ def of_model(
     }
     for name, other in (others or {}).items():
         gate(other, streams)
-        runs[name] = partial(
-            through_engine, other, streams, streams, tokens, models.PRECISIONS[options.state_precision]
-        )
+        runs[name] = partial(through_engine, other, streams, streams, tokens, STATES[options.state_precision])
     found = in_turns(runs, repeats, say)
     misses, hits = first_tokens(model, options.prompt, repeats)
     say(f"first token of {options.prompt} tokens: miss {duration(min(misses))}, hit {duration(min(hits))}")

@@ -20,6 +20,9 @@ from retentive.models import LanguageModel
 from retentive.models.encoders import Config, encoders_of, inserted
 from retentive.models.state import State
 
+STATES = {"fp32": None, "bf16": torch.bfloat16, "int8": torch.int8}
+"""Dtypes that states of retention may have while decoding, by the names of options; None: their own, float32."""
+
 
 class Decoder(Protocol):
     """A model as the engine sees it. All ids are int64 on the CPU, all logits float32 on the CPU."""

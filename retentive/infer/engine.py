@@ -53,7 +53,7 @@ class Engine:
         waiting: maximum requests in the queue; more raise Full.
         cache: prefix cache of prompts read before; None for none.
         state_dtype: dtype of the states of retention while decoding; None: float32. bfloat16 moves half of the bytes,
-            which counts with many streams (results/state-precision has what it loses).
+            int8 a quarter, which counts with many streams (results/state-precision has what they lose).
     """
 
     def __init__(

@@ -77,8 +77,7 @@ class RetentionMemory:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        state = self.value.state if isinstance(self.value, Ring) else self.value
-        return [tuple(state.shape)]
+        return [tuple(self.value.shape)]
 
     def tensor(self) -> Tensor:
         """Returns `[N,H,K,V]`, including the tokens in the ring."""

@@ -18,7 +18,8 @@ from retentive.native.threads import Threads
 from retentive.native.weights import ROWS, Packed
 from retentive.ops import Ring, forced
 from retentive.ops.compiler import NotBuilt
-from retentive.ops.cpu import DTYPES
+from retentive.ops.cpu import DTYPES, STATE_DTYPES
+from retentive.ops.ring import NARROW, stored_shape
 
 ENGINES = ("auto", "native", "torch")
 """Engines that can run a model; auto is native if that can run the model."""
@@ -257,8 +258,8 @@ def _check_memory(mixer: Any, memory: Any, N: int, dtype: torch.dtype) -> None:
     elif memory.kind == "retention":
         ring = isinstance(memory.value, Ring)
         inner = memory.value.state if ring else memory.value
-        narrow = ring and inner.dtype == torch.bfloat16
-        parts = {"state": (inner, torch.bfloat16 if narrow else torch.float32, (N, mixer.H, mixer.K, mixer.V))}
+        wanted = inner.dtype if ring and inner.dtype in NARROW else torch.float32
+        parts = {"state": (inner, wanted, stored_shape((N, mixer.H, mixer.K, mixer.V), wanted))}
     else:
         cached = (N, memory.slots, mixer.kv_heads, mixer.K)
         parts = {"keys": (memory.keys, dtype, cached), "values": (memory.values, dtype, cached)}
@@ -307,7 +308,8 @@ class Places:
         if memory.kind == "retention":
             tensors = memory.tensors()
             slots = tensors[1].shape[2] if len(tensors) > 1 else 0
-            return lib.Memory(*(x.data_ptr() for x in tensors), slots=slots, state_dtype=DTYPES.index(tensors[0].dtype))
+            kind = STATE_DTYPES.index(tensors[0].dtype)
+            return lib.Memory(*(x.data_ptr() for x in tensors), slots=slots, state_dtype=kind)
         if memory.kind == "convolution":
             return lib.Memory(state=memory.rows.data_ptr(), slots=memory.rows.shape[1])
         if not memory.window or memory.slots < memory.window:

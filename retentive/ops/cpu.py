@@ -20,6 +20,8 @@ FOLDER = Path(__file__).with_name("c")
 UNITS = ("cpu.c", "rows.c", "windows.c")  # for this file, rows.py and windows.py
 SOURCE = Source("cpu", tuple(FOLDER / name for name in UNITS), (FOLDER,), (*FLAGS, "-fopenmp"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STATE_DTYPES = (*DTYPES, torch.int8)
+"""Dtypes of the state of a ring, numbered as `state_dtype` in c/step.c."""
 GROUP = 4
 """Chunks per checkpoint, a state that the forward pass keeps for the backward pass."""
 
@@ -216,7 +218,7 @@ class Plan:
     __slots__ = ("call", "decays", "dtype", "pointer", "qk", "scale", "step", "v")
 
     def __init__(self, ring: Ring):
-        B, H, K, V = ring.state.shape
+        B, H, K, V = ring.shape
         self.qk, self.v, self.decays = (
             torch.Size((B, H, K)),
             torch.Size((B, H, V)),
@@ -224,7 +226,8 @@ class Plan:
         )
         self.dtype, self.scale = ring.k.dtype, K**-0.5
         self.step, self.call = library().retention_step, Step(
-            B, H, K, V, ring.k.shape[2], DTYPES.index(self.dtype), DTYPES.index(ring.state.dtype),
+            B, H, K, V, ring.k.shape[2], DTYPES.index(self.dtype),
+            STATE_DTYPES.index(ring.state.dtype),
             state=ring.state.data_ptr(), ring_k=ring.k.data_ptr(), ring_v=ring.v.data_ptr(),
             ring_decay=ring.log_decay.data_ptr(), written=ring.written.data_ptr(), folded=ring.folded.data_ptr(),
         )  # fmt: skip

@@ -19,7 +19,7 @@ from retentive.ops import backends, pieces
 from retentive.ops.backends import BACKENDS, Call, choose, exactly
 from retentive.ops.blocked import check_borders
 from retentive.ops.decay import check_values
-from retentive.ops.ring import Ring
+from retentive.ops.ring import NARROW, Ring, stored_shape
 from retentive.ops.transforms import transformed
 
 FORMS = ("auto", "parallel", "recurrent", "chunkwise")
@@ -179,7 +179,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float | N
         return retention_step(q.squeeze(1), k.squeeze(1), v.squeeze(1), decay, scale=scale, state=ring)[0].unsqueeze(1)
     # check everything before the first token is written: an error halfway would leave the ring changed
     checked(q, k, v, log_decay)
-    _check_state(q, v, ring.state, q.shape[0])
+    _check_state(q, v, ring.state, q.shape[0], of_ring=True)
     outputs = []
     for t in range(q.shape[1]):
         decay = log_decay[:, t] if per_token else log_decay
@@ -286,15 +286,17 @@ def _check_decay(q: Tensor, log_decay: Tensor) -> Tensor:
 
 
 def _check_state(q: Tensor, v: Tensor, state: Tensor | None, N: int, *, of_ring: bool = False) -> Tensor:
-    """Checks the initial state or makes a zero state; float32 (float64 for float64 inputs), of a ring also bfloat16.
+    """Checks the initial state or makes a zero state; float32 (float64 for float64 inputs), of a ring also NARROW.
 
     Raises:
         ValueError: its shape, dtype or device does not fit q and v.
     """
-    expected = (N, q.shape[-2], q.shape[-1], v.shape[-1])
+    expected: tuple[int, ...] = (N, q.shape[-2], q.shape[-1], v.shape[-1])
     if state is None:
         return q.new_zeros(expected, dtype=_wide(q))
-    narrow = of_ring and state.dtype == torch.bfloat16
+    narrow = of_ring and state.dtype in NARROW
+    if narrow:
+        expected = stored_shape(expected, state.dtype)
     if tuple(state.shape) != expected or not (narrow or state.dtype == _wide(q)):
         raise ValueError(f"state must be {_wide(q)} {list(expected)}, got {state.dtype} {list(state.shape)}")
     if state.device != q.device:

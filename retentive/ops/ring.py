@@ -11,7 +11,7 @@ Token t is in slot t mod R, with R = 2 F. Tokens before `folded` are in the stat
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -30,12 +30,40 @@ def slots(K: int, V: int) -> int:
     return 2 * max(2 ** round(math.log2(ideal)), 2)
 
 
+SCALE = 4
+"""Bytes behind a row of a state of int8: its scale, float32."""
+NARROW = (torch.bfloat16, torch.int8)
+"""Dtypes of states that are rounded at every fold."""
+
+
+def stored_shape(shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
+    """Returns the shape in which a state of `shape`, `[…,K,V]`, is stored in `dtype`."""
+    return (*shape[:-1], shape[-1] + SCALE * (dtype == torch.int8))
+
+
+def narrowed(state: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a state `[…,K,V]` in `dtype`. With int8 it is `[…,K,V+4]`: each row has a scale of its own behind it."""
+    if dtype != torch.int8:
+        return state.to(dtype)
+    scale = state.float().abs().amax(-1, keepdim=True) / 127
+    integers = (state / scale).nan_to_num(0, 0, 0).round()  # a row of zeros; what is not finite is so by its scale
+    return torch.cat([integers.to(torch.int8), scale.contiguous().view(torch.int8)], -1)
+
+
+def widened(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the state `[…,K,V]` in `dtype` that `narrowed` stored."""
+    if stored.dtype != torch.int8:
+        return stored.to(dtype)
+    return stored[..., :-SCALE].to(dtype) * stored[..., -SCALE:].contiguous().view(torch.float32).to(dtype)
+
+
 @dataclass(frozen=True, eq=False)  # frozen: compiled code keeps pointers to the tensors, which are updated in place
 class Ring:
     """The state of B sequences during decoding: a state tensor, and the tokens that are not yet folded into it."""
 
     state: Tensor
-    """`[B,H,K,V]`, the state of the tokens before `folded`: float32 or float64; or bfloat16, half of the bytes."""
+    """`[B,H,K,V]`, the state of the tokens before `folded`: float32 or float64; or bfloat16, half of the bytes;
+    or int8, `[B,H,K,V+4]` (see `narrowed`)."""
     k: Tensor
     """`[B,H,R,K]`, in the dtype of the inputs."""
     v: Tensor
@@ -61,6 +89,16 @@ class Ring:
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors by name, without `plan`. The first dimension of all is B."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Dtypes of the state and of the tokens."""
+        return self.state.dtype, self.k.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the state, `[B,H,K,V]`."""
+        return torch.Size((*self.k.shape[:2], self.k.shape[-1], self.v.shape[-1]))
 
     @property
     def wide(self) -> torch.dtype:
@@ -92,7 +130,7 @@ class Ring:
         # left uninitialised: slots without a token, NaN included, are masked wherever they are read
         k, v = (torch.empty(B, H, R, n, dtype=dtype, device=state.device) for n in (K, V))
         decay = state.new_empty(B, H, R, dtype=torch.promote_types(state.dtype, torch.float32))
-        return Ring(state.to(state_dtype or state.dtype).contiguous(), k, v, decay, zeros[0], zeros[1])
+        return Ring(narrowed(state, state_dtype or state.dtype).contiguous(), k, v, decay, zeros[0], zeros[1])
 
     @staticmethod
     def over(state: "Tensor | Ring | None", k: Tensor, v: Tensor) -> "Ring":
@@ -120,13 +158,13 @@ class Ring:
 
     def put(self, row: int, other: "Ring | Tensor", source: int = 0) -> None:
         """Overwrites the sequence at `row` in place with sequence `source` of another ring or state."""
-        if isinstance(other, Ring) and other.k.shape[1:] == self.k.shape[1:] and other.k.dtype == self.k.dtype:
+        if isinstance(other, Ring) and other.k.shape[1:] == self.k.shape[1:] and other.dtypes == self.dtypes:
             for mine, theirs in zip(self.tensors().values(), other.tensors().values(), strict=True):
                 mine[row] = theirs[source]
             return
         # other slots or dtype: fold all its tokens into a state, and start the row with an empty ring
         whole = other.map(lambda x: x[source : source + 1]).to_state()[0] if isinstance(other, Ring) else other[source]
-        self.state[row], self.written[row], self.folded[row] = whole, 0, 0
+        self.state[row], self.written[row], self.folded[row] = narrowed(whole, self.state.dtype), 0, 0
 
     @property
     def nbytes(self) -> int:
@@ -147,7 +185,7 @@ class Ring:
 
     def to_state(self) -> Tensor:
         """Returns the state after all tokens, `[B,H,K,V]`. The ring does not change."""
-        return self._fold(self.state.to(self.wide), self.written - self.folded)
+        return self._fold(widened(self.state, self.wide), self.written - self.folded)
 
     def _fold(self, state: Tensor, tokens: Tensor) -> Tensor:
         """Returns `state` after each sequence's `tokens` `[B]` oldest tokens. Later tokens have no effect, even NaN."""
@@ -188,7 +226,7 @@ def decode_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float
     ring.k[rows, :, slot], ring.v[rows, :, slot] = k, v
     ring.log_decay[rows, :, slot] = log_decay.clamp(min=FORGOTTEN).expand(q.shape[:2])
     ring.written.add_(1)
-    state, q_BH1K = ring.state.to(ring.wide), q[:, :, None].to(ring.wide) * scale
+    state, q_BH1K = widened(ring.state, ring.wide), q[:, :, None].to(ring.wide) * scale
     k_BHRK, v_BHRV, since_BHR = ring.held()
     whole_BH1 = since_BHR[..., -1:]  # empty slots count as log decay 0, so the last sum covers all tokens
     score_BH1R = (q_BH1K @ k_BHRK.mT) * (whole_BH1 - since_BHR).exp()[:, :, None]
@@ -197,6 +235,7 @@ def decode_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float
     full = (ring.written - ring.folded == R).nonzero().squeeze(1)
     if len(full):
         ripe = ring.map(lambda x: x[full])  # a copy of the full rows, folded and written back
-        ring.state[full] = ripe._fold(ripe.state.to(ring.wide), torch.full_like(full, R // 2)).to(ring.state.dtype)
+        folded = ripe._fold(widened(ripe.state, ring.wide), torch.full_like(full, R // 2))
+        ring.state[full] = narrowed(folded, ring.state.dtype)
         ring.folded[full] += R // 2
     return o.squeeze(2).to(v.dtype)

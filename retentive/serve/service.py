@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from retentive import __version__, machine
 from retentive.checkpoint import ModelFolder
 from retentive.data.templates import ChatTemplate
 from retentive.data.tokenizer import Tokenizer
 from retentive.infer.cache import PrefixCache
 from retentive.infer.conversation import NAME, Conversation
+from retentive.infer.decoder import STATES
 from retentive.infer.memory import Memory, blank, fingerprint
 from retentive.models import LanguageModel, cost
 from retentive.models.encoders import encoders_of
@@ -80,7 +79,7 @@ class Service:
         chunk = CPU_CHUNK if model.device.type == "cpu" else CHUNK
         self.engine = AsyncEngine(
             model, slots=options.slots, waiting=options.queue, prefill_chunk=chunk, cache=cache,
-            state_dtype=_state_dtype(options),
+            state_dtype=STATES[options.state_precision],
         )  # fmt: skip
         self.sessions = Sessions(options.sessions, self.new_conversation)
         self.saved = SavedStates(self.states_folder, model, name, self.name)
@@ -128,7 +127,7 @@ class Service:
         """Raises ValueError if the states of all slots do not fit into memory; they are allocated with a request."""
         state: Any = self._blank.state
         state = state.reserve(max(state.windows))  # caches without a window grow later
-        own = state.for_decoding(self.model.dtype, state_dtype=_state_dtype(self.options))
+        own = state.for_decoding(self.model.dtype, state_dtype=STATES[self.options.state_precision])
         needed = len(self.all) * self.options.slots * own.nbytes
         if needed > (free := machine.free_memory(state.position.device)):
             have = f"{needed / 1e9:,.1f} GB of states, {free / 1e9:,.1f} GB are free"
@@ -214,8 +213,3 @@ def open_service(
             raise ValueError(f"{option('adapter', name)}: {said}; choose another name")
     adapters = {name: service(name, ModelFolder.open(each), states / name) for name, each in adapter.items()}
     return service(folder.short_name, None, states, adapters=adapters)
-
-
-def _state_dtype(options: Options) -> torch.dtype | None:
-    """Returns the dtype of the states of retention while decoding; None: their own."""
-    return torch.bfloat16 if options.state_precision == "bf16" else None

@@ -9,7 +9,7 @@ import torch
 
 from retentive.infer import SamplingParams, generate
 from retentive.infer.cache import PrefixCache
-from retentive.infer.decoder import TorchDecoder
+from retentive.infer.decoder import STATES, TorchDecoder
 from retentive.infer.engine import Engine
 from retentive.infer.memory import tensors
 from retentive.infer.requests import Returns
@@ -80,9 +80,10 @@ def test_decoding_moves_the_first_rows_of_the_pool_in_place(model, same):
 
 
 @torch.inference_mode()
-def test_a_pool_may_hold_states_of_16_bits(model, same):
+@pytest.mark.parametrize("bits", ["bf16", "int8"])
+def test_a_pool_may_hold_states_of_fewer_bits(model, bits, same):
     """They take fewer bytes, and the logits are near those of float32."""
-    narrow, wide = TorchDecoder(model, torch.bfloat16), TorchDecoder(model)
+    narrow, wide = TorchDecoder(model, STATES[bits]), TorchDecoder(model)
     pools = [decoder.pool(4).reserve(40) for decoder in (narrow, wide)]
     for row, part in enumerate(PROMPTS):
         (state,) = wide.read(*packed([part]), [wide.init_state()])
@@ -90,7 +91,7 @@ def test_a_pool_may_hold_states_of_16_bits(model, same):
             pool.put(row, state)
     for token in (5, 6, 7):
         logits = [d.decode(torch.tensor([token] * 4), p) for d, p in zip((narrow, wide), pools, strict=True)]
-        same(*logits, 0.02)  # 8 bits of each number of a state
+        same(*logits, 0.02)  # 8 bits of each number of a state, or 1/127 of the largest of its row
     retains = any(m.kind == "retention" for m in pools[0].memories)
     assert (pools[0].nbytes < pools[1].nbytes) == retains
 

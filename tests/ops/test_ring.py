@@ -631,14 +631,71 @@ def test_a_narrow_state_is_rounded_at_folds_and_nowhere_else(dtype, K, V, step, 
     assert narrow.to_state().dtype == torch.float32
 
 
-def test_a_narrow_state_is_the_same_in_c_as_in_torch(same):
+@pytest.mark.parametrize(("K", "V"), [(1, 1), (17, 33), (64, 112), (9, 150)], ids=lambda n: str(n))
+@dtypes
+def test_a_state_of_8_bits_is_rounded_at_folds_and_nowhere_else(dtype, K, V, step, same):
+    start = torch.randn(2, 3, K, V)
+    narrow = Ring.open(start, DTYPES[dtype], 8, torch.int8)
+    rounded = ring_module.widened(narrow.state, torch.float32)
+    same(rounded, start, 1e-2)  # 1/127 of the largest, three times as large as most, by the root of 12
+    wide = Ring.open(rounded, DTYPES[dtype], 8)
+    assert (narrow.nbytes < wide.nbytes) == (V > 1) and narrow.shape == wide.shape == (2, 3, K, V)
+    tokens = [token(2, 3, K, V, DTYPES[dtype], "row") for _ in range(8)]
+    same(run(step, narrow, tokens[:7]), run(step, wide, tokens[:7]), 2e-6 if dtype == "fp32" else 1e-2)
+    same(narrow.to_state(), wide.to_state(), 1e-5)
+    step(*tokens[7], 0.3, narrow)
+    step(*tokens[7], 0.3, wide)
+    assert narrow.folded.tolist() == [4, 4]
+    got, want = ring_module.widened(narrow.state, torch.float32), wide.state
+    step_of_row = want.abs().amax(-1, keepdim=True) / 127
+    assert bool(((got - want).abs() <= 0.51 * step_of_row).all())  # to nearest, but for sums in another order
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.int8], ids=str)
+@torch.no_grad()
+def test_several_tokens_are_decoded_into_a_narrow_state(narrow, same):
+    """As speculation does; the same as one by one."""
+    (one, other), parts = [Ring.open(torch.zeros(2, 3, 9, 8), torch.float32, 8, narrow) for _ in range(2)], []
+    q, k, v = (torch.randn(2, 5, 3, n) for n in (9, 9, 8))
+    decay = -torch.rand(3)
+    for t in range(5):
+        parts.append(retention(*(x[:, t : t + 1] for x in (q, k, v)), decay, state=other)[0])
+    same(retention(q, k, v, decay, state=one)[0], torch.cat(parts, 1), 0)
+
+
+def test_a_row_of_zeros_or_without_bounds_in_8_bits(step):
+    start = torch.randn(1, 1, 4, 5)
+    start[0, 0, 1], start[0, 0, 2, 3] = 0, torch.inf
+    ring = Ring.open(start, torch.float32, 2, torch.int8)
+    for _ in range(2):
+        kept = ring.to_state()[0, 0]
+        assert kept[[0, 1, 3]].isfinite().all() and not kept[2].isfinite().any()
+        step(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), torch.zeros(1, 1, 5), torch.zeros(1), 0.3, ring)
+        step(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), torch.zeros(1, 1, 5), torch.zeros(1), 0.3, ring)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.int8], ids=str)
+def test_a_narrow_state_is_the_same_in_c_as_in_torch(narrow, same):
     if cpu_module.unavailable():
         pytest.skip(cpu_module.unavailable())
-    one, tokens = Ring.open(torch.randn(3, 2, 40, 72), torch.bfloat16, 4, torch.bfloat16), None
+    one, tokens = Ring.open(torch.randn(3, 2, 40, 72), torch.bfloat16, 4, narrow), None
     other, tokens = clone(one), [token(3, 2, 40, 72, torch.bfloat16) for _ in range(20)]
     got, want = run(cpu_module.decode_step, one, tokens), run(ring_module.decode_step, other, tokens)
     same(got, want, 1e-2)  # o is bfloat16
     same(one.to_state(), other.to_state(), 1e-3)
+
+
+def test_states_of_other_precisions_are_put_into_one_of_8_bits(same):
+    pool, given = Ring.open(torch.zeros(3, 2, 5, 4), torch.float32, 4, torch.int8), torch.randn(2, 2, 5, 4)
+    pool.put(1, given, 1)
+    pool.put(2, Ring.open(given.clone(), torch.float32, 4), 0)
+    want = ring_module.narrowed(given, torch.int8)
+    same(pool.state[1:].float(), want.flip(0).float(), 0)
+    pool.put(0, pool, 2)
+    same(pool.state[0].float(), want[0].float(), 0)
+    wide = Ring.open(torch.zeros(1, 2, 5, 4), torch.float32, 4)
+    wide.put(0, pool, 1)
+    same(wide.state[0], given[1], 1e-2)
 
 
 def test_states_of_other_precisions_are_put_into_a_narrow_one(same):

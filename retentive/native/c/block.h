@@ -14,7 +14,7 @@ typedef struct { /* what a layer remembers of N sequences: a ring or a plain sta
     float *decay;   /* of a ring [N][H][slots]; of a cache log forget gates [N][slots][H], or NULL */
     i64 *written, *folded;
     i64 slots;       /* 0 of a plain state */
-    i64 state_dtype; /* of a ring, whose `state` may point to 16 bits; all others are float32 */
+    i64 state_dtype; /* of a ring, as in step.c; all others are float32 */
 } Memory;
 
 typedef struct {

@@ -9,7 +9,7 @@ static void step_through(Block *b, const Layer *layer, const Memory *ring, i64 s
     i64 H = layer->H, K = layer->K, V = layer->V, R = ring->slots, size = size_of(c->dtype), sH = s * H;
     i64 written = ring->written[s], folded = ring->folded[s]; /* all heads count: the ring's own move at the end */
     Step step = {1, H, K, V, R, c->dtype, ring->state_dtype, 1, H, 1, NULL, NULL, NULL, NULL,
-                 (void *)element(ring->state, ring->state_dtype, sH * K * V),
+                 state_of(ring->state, ring->state_dtype, sH, K, V),
                  (char *)ring->k + sH * R * K * size, (char *)ring->v + sH * R * V * size, NULL,
                  ring->decay + sH * R, &written, &folded};
     for (i64 t = b->begin[s]; t < b->begin[s + 1]; t++) {

@@ -9,11 +9,26 @@ typedef struct {
     double scale;
     const void *q, *k, *v; /* [B,H,K], [B,H,V], contiguous */
     const float *log_decay;
-    void *state;              /* [B,H,K,V] in state_dtype */
+    void *state;              /* [B,H,K,V] in state_dtype; BYTES: [B,H,K,V + 4], integers and their scale */
     void *ring_k, *ring_v, *o; /* [B,H,slots,K], [B,H,slots,V], [B,H,V] */
     float *ring_decay;        /* [B,H,slots] */
     i64 *written, *folded;    /* [B] */
 } Step;
+
+enum { BYTES = 3 }; /* a state_dtype */
+#ifdef __wasm__
+enum { MAY_BE_NARROW = 0 }; /* states of fewer bits: a page downloads its engine, whose states are float32 */
+#else
+enum { MAY_BE_NARROW = 1 };
+#endif
+
+/* bytes of a row of a state, V numbers */
+INLINE i64 row_bytes(i64 state_dtype, i64 V) { return state_dtype == BYTES ? V + 4 : V * size_of(state_dtype); }
+
+/* the state of head `bh` */
+INLINE char *state_of(void *state, i64 state_dtype, i64 bh, i64 K, i64 V) {
+    return (char *)state + bh * K * row_bytes(state_dtype, V);
+}
 
 typedef struct { /* the part of a full ring that is folded into the state: S = kept * S + sum over `tokens` of k v^T */
     i64 tokens;
@@ -77,17 +92,101 @@ __attribute__((noinline)) static void through_state(float *S, i64 K, i64 V, i64 
     through_rows(S, K, V, ld, q, o, fold, 0);
 }
 
-/* The same for a state of 16 bits: eight rows at a time become floats in `rows` [8][V], and 16 bits again after a fold.
-   A step moves half of the bytes, and rounds each number once a fold. */
-static void through_narrow_state(i64 dtype, void *S, i64 K, i64 V, const float *q, float *o, const Fold *fold, float *rows) {
-    for (i64 k = 0, n; k < K; k += n) {
-        void *at = (void *)element(S, dtype, k * V);
-        Fold part = *fold;
-        n = smaller(8, K - k), part.k = fold->k + k;
-        read_row(dtype, at, n * V, rows, n * V);
-        through_state(rows, n, V, K, q + k, o, &part);
-        if (fold->tokens) write_rows(dtype, rows, n * V, 1, n * V, at, n * V);
+/* a row of a state of few bits as floats [wide], zeros after V; integers have their scale behind them */
+static void read_narrow(i64 dtype, const char *restrict at, i64 V, float *restrict row, i64 wide) {
+    float scale;
+    if (dtype != BYTES) {
+        read_row(dtype, at, V, row, wide);
+        return;
     }
+    memcpy(&scale, at + V, 4);
+    for (i64 j = 0; j < V; j++) row[j] = ((const int8_t *)at)[j] * scale;
+    for (i64 j = V; j < wide; j++) row[j] = 0;
+}
+
+/* and back; what is not finite spoils its row by the scale */
+static void write_narrow(i64 dtype, const float *restrict row, i64 V, char *restrict at) {
+    int32_t bits = 0; /* of the largest size: such a maximum is one of vectors, unlike that of floats */
+    if (dtype != BYTES) {
+        write_rows(dtype, row, V, 1, V, at, V);
+        return;
+    }
+    for (i64 j = 0; j < V; j++) {
+        int32_t size;
+        memcpy(&size, row + j, 4), size &= INT32_MAX;
+        bits = size > bits ? size : bits;
+    }
+    float most, scale;
+    memcpy(&most, &bits, 4), scale = most / 127;
+    if (most > 1e-30f && most * 0 == 0) {
+        float inverse = 127 / most;
+        for (i64 j = 0; j < V; j++) at[j] = (char)(int32_t)rintf(row[j] * inverse);
+    } else memset(at, 0, V);
+    memcpy(at + V, &scale, 4);
+}
+
+/* n integers of 8 bits, or numbers of bfloat16, as floats; n is at most what a vector has lanes for, zeros follow */
+INLINE vf some_narrow(const int bytes, const char *p, i64 n) {
+#ifdef __AVX512BW__
+    __mmask16 there = (__mmask16)((1u << n) - 1);
+    if (bytes) return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(there, p)));
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, p)), 16);
+#endif
+    float x[LANES] = {0};
+    if (bytes)
+        for (i64 i = 0; i < n; i++) x[i] = ((const int8_t *)p)[i];
+    else read_row(1, p, n, x, n);
+    return load(x);
+}
+
+INLINE vf narrow_at(const int bytes, const char *p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if (bytes) return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+#endif
+    return some_narrow(bytes, p, LANES);
+}
+
+/* o += q S of a state of bytes or bfloat16, `rows` of it from row k on */
+INLINE void some_narrow_rows(const int bytes, const int rows, const char *S, i64 V, const float *q, float *o) {
+    i64 width = row_bytes(bytes ? BYTES : 1, V), size = bytes ? 1 : 2, j = 0;
+    float factor[8];
+    for (int i = 0; i < rows; i++) {
+        float scale = 1;
+        if (bytes) memcpy(&scale, S + i * width + V, 4);
+        factor[i] = q[i] * scale;
+    }
+    for (; j + LANES <= V; j += LANES) {
+        vf x = load(o + j);
+        for (int i = 0; i < rows; i++) x += splat(factor[i]) * narrow_at(bytes, S + i * width + j * size);
+        store(o + j, x);
+    }
+    if (j == V) return;
+    vf x = {0};
+    for (int i = 0; i < rows; i++) x += splat(factor[i]) * some_narrow(bytes, S + i * width + j * size, V - j);
+    for (i64 n = 0; j + n < V; n++) o[j + n] += x[n];
+}
+
+INLINE void through_narrow_rows(const int bytes, const char *S, i64 K, i64 V, const float *q, float *o) {
+    i64 width = row_bytes(bytes ? BYTES : 1, V), k = 0;
+    for (; k + 8 <= K; k += 8) some_narrow_rows(bytes, 8, S + k * width, V, q + k, o);
+    for (; k < K; k++) some_narrow_rows(bytes, 1, S + k * width, V, q + k, o);
+}
+
+/* The same for a state of fewer bits. Where it folds, eight rows at a time become floats in `rows` [8][V, whole panels], and
+   are rounded after that; o has as much room. */
+static void through_narrow_state(i64 dtype, char *S, i64 K, i64 V, const float *q, float *o, const Fold *fold, float *rows) {
+    i64 wide = round_up(V, NC), width = row_bytes(dtype, V);
+    if (!fold->tokens && dtype == BYTES) through_narrow_rows(1, S, K, V, q, o);
+    else if (!fold->tokens && dtype == 1) through_narrow_rows(0, S, K, V, q, o);
+    else
+        for (i64 k = 0, n; k < K; k += n, S += n * width) {
+            Fold part = *fold;
+            n = smaller(8, K - k), part.k = fold->k + k;
+            for (i64 i = 0; i < n; i++) read_narrow(dtype, S + i * width, V, rows + i * wide, wide);
+            through_state(rows, n, wide, K, q + k, o, &part);
+            for (i64 i = 0; i < n && fold->tokens; i++) write_narrow(dtype, rows + i * wide, V, S + i * width);
+        }
 }
 
 typedef struct { /* tokens in the ring of a head, oldest first; token j is in slot_of(held, j) */
@@ -174,14 +273,14 @@ static Fold ripe(const Step *c, const Held *held, float *space) {
 }
 
 static i64 step_space(const Step *c) { /* in floats: q and o, weights, the ring, the folded tokens, rows of the state */
-    i64 rows = c->state_dtype ? 8 * c->V : 0;
-    return c->K + c->V + c->slots + c->slots * (c->K + c->V) + c->slots / 2 * (c->K + round_up(c->V, NC)) + rows;
+    i64 wide = round_up(c->V, NC), rows = c->state_dtype ? 8 * wide : 0;
+    return c->K + wide + c->slots + c->slots * (c->K + c->V) + c->slots / 2 * (c->K + wide) + rows;
 }
 
 static void step_head(const Step *c, i64 bh, i64 end, float *space) {
     i64 K = c->K, V = c->V;
-    float *q = space, *o = q + K, *weights = o + V, *ring = weights + c->slots, *half = ring + c->slots * (K + V);
-    void *S = (void *)element(c->state, c->state_dtype, bh * K * V);
+    float *q = space, *o = q + K, *weights = o + round_up(V, NC), *ring = weights + c->slots, *half = ring + c->slots * (K + V);
+    char *S = state_of(c->state, c->state_dtype, bh, K, V);
     Held held = put(c, bh, ring);
     read_row(c->dtype, element(c->q, c->dtype, bh * K), K, q, K);
     float remains = through_ring(c, &held, q, o, weights, S);
@@ -189,9 +288,9 @@ static void step_head(const Step *c, i64 bh, i64 end, float *space) {
     Fold fold = ripe(c, &held, half);
     if (bh + 1 < end) ask_ring(c, bh + 1);
     float *rows = half + c->slots / 2 * (K + round_up(V, NC));
-    if (c->state_dtype) through_narrow_state(c->state_dtype, S, K, V, q, o, &fold, rows);
-    else if (asks_ahead()) through_rows(S, K, V, K, q, o, &fold, 2);
-    else through_state(S, K, V, K, q, o, &fold);
+    if (MAY_BE_NARROW && c->state_dtype) through_narrow_state(c->state_dtype, S, K, V, q, o, &fold, rows);
+    else if (asks_ahead()) through_rows((float *)S, K, V, K, q, o, &fold, 2);
+    else through_state((float *)S, K, V, K, q, o, &fold);
     write_rows(c->dtype, o, V, 1, V, (char *)c->o + bh * V * size_of(c->dtype), V);
 }
 
@@ -212,7 +311,7 @@ int retention_step(const Step *c) {
             continue;
         }
         if (begin < end) { /* the state first: its address is known, that of the ring's rows must be read */
-            const char *state = element(c->state, c->state_dtype, begin * c->K * c->V);
+            const char *state = state_of(c->state, c->state_dtype, begin, c->K, c->V);
             for (int line = 0; line < 32; line++) __builtin_prefetch(state + line * 64);
             ask_ring(c, begin);
         }
