@@ -262,6 +262,19 @@ def which() -> str:
     return table(f"bits per byte | {' | '.join(TEXTS.values())}", *lines)
 
 
+def which_larger() -> str:
+    """Bits per byte of the hybrid and of its best twin with 6 M parameters."""
+    found = {text: best(f"compare-hybrid-5m-{text}") for text in TEXTS if text != "novels"}
+    titles = [TEXTS[text] for text in found]
+    ahead = {text: rows["5m", "transformer-qk-norm-forget"] for text, rows in found.items()}
+    lines = [
+        " | ".join([KINDS[name], *(f"{rows['5m', name]['bits_per_byte']:.3f}" for rows in found.values())])
+        for name in ("hybrid", "transformer-qk-norm-forget")
+    ]
+    apart = [f"{r['difference']:.3f} ± {r['difference_half_width']:.3f}" for r in ahead.values()]
+    return table(f"6 M parameters, bits per byte | {' | '.join(titles)}", *lines, "difference | " + " | ".join(apart))
+
+
 def which_costs() -> str:
     """Memory, speed of decoding and of training of the hybrid beside the RetNet and the twin."""
     decoded, trained = native("decode-hybrid-130m", 8192), row(result("train-profile-5m", EPYC)["rows"], length=2048)
