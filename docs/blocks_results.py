@@ -129,6 +129,10 @@ def activations() -> str:
     streams = result("serving-w8a8-130m", EPYC)["tokens_per_second"]
     cells = " | ".join(f"{streams[name]['median']:,.0f}" if name in streams else "–" for name in names)
     lines.append(f"16 streams through the engine, states of 8 bits, tokens/s | {cells}")
+    waits = result("serving-w8a8-130m", EPYC)["between_tokens"]
+    for share, title in (("p50", "time between two tokens there, ms, p50"), ("p95", "p95")):
+        cells = " | ".join(f"{1000 * waits[name][share]:.1f}" if name in waits else "–" for name in names)
+        lines.append(f"{title} | {cells}")
     return table(" | " + " | ".join(names.values()), *lines)
 
 

@@ -7,16 +7,19 @@ The correctness gate: as many streams as slots, joining one by one, give the tok
     bare      the same rows decoded by a loop of model and `pick`, without requests, queue and deliveries
 
     miss, hit     from `submit` to the first token, for a new prompt and for a repeated one
+    waits         between two tokens of a stream, while a new prompt is read beside the others
 
 Then one very long stream, with the bytes of its state and of the process at its start and its end. With --server, the
 same streams go through the HTTP server (`http.py`), interleaved with the engine.
 """
 
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -103,6 +106,11 @@ def of_model(
         gate(other, streams)
         runs[name] = partial(through_engine, other, streams, streams, tokens, STATES[options.state_precision])
     found = in_turns(runs, repeats, say)
+    of_states = dict.fromkeys(others or {}, STATES[options.state_precision])
+    waits = {
+        name: between_tokens(each, streams, tokens, options.prompt, of_states.get(name))
+        for name, each in {"engine": model, **(others or {})}.items()
+    }
     misses, hits = first_tokens(model, options.prompt, repeats)
     say(f"first token of {options.prompt} tokens: miss {duration(min(misses))}, hit {duration(min(hits))}")
     result: dict[str, Any] = {
@@ -117,6 +125,7 @@ def of_model(
         "streams_over_one": median_ratio(found, "engine", "one"),
         "engine_over_bare": median_ratio(found, "engine", "bare"),
         "native_over_engine": {name: median_ratio(found, name, "engine") for name in others or {}},
+        "between_tokens": waits,
         "first_token": {"miss": spread(misses), "hit": spread(hits)},
         "miss_over_hit": statistics.median(misses) / statistics.median(hits),
     }
@@ -201,6 +210,34 @@ def through_engine(
     return streams * tokens / seconds
 
 
+def between_tokens(
+    model: LanguageModel, streams: int, tokens: int, prompt: int, state_dtype: torch.dtype | None = None
+) -> dict[str, float]:
+    """Returns p50, p95 and the longest of the seconds between two tokens of a stream; midway a new prompt joins."""
+    engine, heard = Engine(model, slots=streams + 1, state_dtype=state_dtype), [list[float]() for _ in range(streams)]
+    ended, late = threading.Semaphore(0), prompts(model, 1, prompt, seed=1)[0]
+
+    def listener(n: int) -> Callable[[Any], object]:
+        def hear(item: Any) -> None:
+            if item is None:
+                ended.release()
+                return
+            heard[n].append(time.perf_counter())
+            if n == 0 and len(heard[0]) == max(tokens // 2, 1):
+                engine.submit(late, SamplingParams(seed=0), max_tokens=1, deliver=[lambda item: None])
+
+        return hear
+
+    for n, ids in enumerate(prompts(model, streams, 2)):
+        engine.submit(ids, SamplingParams(seed=n), max_tokens=tokens, deliver=[listener(n)])
+    engine.start()
+    for _ in range(streams):
+        ended.acquire()
+    engine.close()
+    gaps = sorted(b - a for times in heard for a, b in pairwise(times)) or [0.0]
+    return {name: gaps[int(share * (len(gaps) - 1))] for name, share in (("p50", 0.5), ("p95", 0.95), ("most", 1.0))}
+
+
 @torch.inference_mode()
 def bare(model: LanguageModel, rows: int, tokens: int) -> float:
     """Returns tokens/s of the batched step with sampling: the bound for an engine without costs of its own."""
@@ -273,6 +310,13 @@ def table(result: dict[str, Any]) -> str:
         beside = f"{result['server']['server_over_engine']:.3f} of the engine"
         lines.append([f"{streams} streams by HTTP", f"{through:,.0f}", beside])
     parts = [markdown(["", "tokens/s", ""], lines)]
+    names = {"engine": "torch"} | {name: models.NAMES[name] for name in result.get("native_over_engine", {})}
+    gaps = [
+        [names[name], *(duration(of[share]) for share in ("p50", "p95", "most"))]
+        for name, of in result.get("between_tokens", {}).items()
+    ]
+    beside = f"between two tokens of {streams} streams, beside a prompt of {result['prompt']:,}"
+    parts.append(markdown([beside, "p50", "p95", "longest"], gaps))
     first = result["first_token"]
     waits = [[name, duration(first[name]["median"])] for name in ("miss", "hit")]
     waits[1][1] += f" ({result['miss_over_hit']:.0f} times sooner)"
@@ -282,4 +326,4 @@ def table(result: dict[str, Any]) -> str:
             [f"{at['tokens']:,}", decimal(at["state"]), decimal(at["process"])] for at in result["long_stream"]["at"]
         ]
         parts.append(markdown(["tokens of a stream", "its state", "the process"], rows))
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))

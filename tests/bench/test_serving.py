@@ -29,6 +29,8 @@ def test_a_small_run_measures_everything(config, monkeypatch):
     result = serving.of_model(model(config), Options(streams=3, tokens=5, prompt=40, long=150, repeats=2))
     assert json.loads(json.dumps(result)) == result and "server" not in result
     assert all(0 < r["least"] <= r["median"] <= r["most"] for r in result["tokens_per_second"].values())
+    gaps = result["between_tokens"]["engine"]
+    assert 0 < gaps["p50"] <= gaps["p95"] <= gaps["most"]
     waits = result["first_token"]
     assert result["miss_over_hit"] == waits["miss"]["median"] / waits["hit"]["median"] > 0
     early, late = result["long_stream"]["at"]
@@ -46,7 +48,9 @@ def test_engines_with_the_model_in_c_are_timed_beside_that_with_torch():
     result = serving.of_model(one, options, others={"native-bf16": native.NativeModel(one)})
     assert json.loads(json.dumps(result)) == result
     times = result["native_over_engine"]["native-bf16"]
-    assert times > 0 and f"{times:.2f} times the engine with torch" in serving.table(result)
+    shown = serving.table(result)
+    assert times > 0 and f"{times:.2f} times the engine with torch" in shown
+    assert "between two tokens of 2 streams, beside a prompt of 9" in shown and "| torch |" in shown
 
 
 def test_unknown_models_and_precisions_are_refused(refuses):
