@@ -21,6 +21,11 @@ enum { MAY_BE_NARROW = 0 }; /* states of fewer bits: a page downloads its engine
 #else
 enum { MAY_BE_NARROW = 1 };
 #endif
+#ifdef __AVX2__
+enum { READS_NARROW = 1 }; /* an instruction makes a vector of them floats */
+#else
+enum { READS_NARROW = 0 };
+#endif
 
 /* bytes of a row of a state, V numbers */
 INLINE i64 row_bytes(i64 state_dtype, i64 V) { return state_dtype == BYTES ? V + 4 : V * size_of(state_dtype); }
@@ -127,7 +132,7 @@ static void write_narrow(i64 dtype, const float *restrict row, i64 V, char *rest
 
 /* n integers of 8 bits, or numbers of bfloat16, as floats; n is at most what a vector has lanes for, zeros follow */
 INLINE vf some_narrow(const int bytes, const char *p, i64 n) {
-#ifdef __AVX512BW__
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
     __mmask16 there = (__mmask16)((1u << n) - 1);
     if (bytes) return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(there, p)));
     return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, p)), 16);
@@ -173,12 +178,12 @@ INLINE void through_narrow_rows(const int bytes, const char *S, i64 K, i64 V, co
     for (; k < K; k++) some_narrow_rows(bytes, 1, S + k * width, V, q + k, o);
 }
 
-/* The same for a state of fewer bits. Where it folds, eight rows at a time become floats in `rows` [8][V, whole panels], and
-   are rounded after that; o has as much room. */
+/* The same for a state of fewer bits. Where it folds, or the CPU does not read vectors of such numbers, eight rows at a
+   time become floats in `rows` [8][V, whole panels], and are rounded after a fold; o has as much room. */
 static void through_narrow_state(i64 dtype, char *S, i64 K, i64 V, const float *q, float *o, const Fold *fold, float *rows) {
     i64 wide = round_up(V, NC), width = row_bytes(dtype, V);
-    if (!fold->tokens && dtype == BYTES) through_narrow_rows(1, S, K, V, q, o);
-    else if (!fold->tokens && dtype == 1) through_narrow_rows(0, S, K, V, q, o);
+    if (READS_NARROW && !fold->tokens && dtype == BYTES) through_narrow_rows(1, S, K, V, q, o);
+    else if (READS_NARROW && !fold->tokens && dtype == 1) through_narrow_rows(0, S, K, V, q, o);
     else
         for (i64 k = 0, n; k < K; k += n, S += n * width) {
             Fold part = *fold;
