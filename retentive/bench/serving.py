@@ -68,7 +68,7 @@ class Options(Sized):
     """Precision of retention states of the models in C: fp32, bf16 or int8."""
     models: tuple[str, ...] = MODELS
     """Models, each with its own engine: retnet. In C, with -bf16, -int8 or -int4: native, native-twin (its Transformer
-    twin), native-hybrid."""
+    twin), native-hybrid. With activations of 8 bits beside weights of 8 or 4: native-w8a8, native-w4a8."""
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:

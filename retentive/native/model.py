@@ -54,12 +54,15 @@ def with_engine(model: LanguageModel, engine: str = "auto", activations: str = "
         activations: as for `NativeModel`.
 
     Raises:
-        ValueError: the engine is unknown, or is "native" and cannot run the model; int8 activations of another engine.
+        ValueError: the engine is unknown, or is "native" and cannot run the model; int8 activations of another engine,
+            or of a model that the native engine reads already with int16.
         MemoryError: the engine is "native", and there is no memory for the packed weights.
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}, expected one of {', '.join(ENGINES)}")
     if isinstance(model, NativeModel):
+        if activations not in ("int16", model.activations):
+            raise ValueError(f"this model has activations of {model.activations}: name the one that it was made from")
         return model
     if activations != "int16" and (engine == "torch" or refused(model)):
         why = refused(model) or "the engine is torch"

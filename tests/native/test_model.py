@@ -570,6 +570,8 @@ def test_what_it_cannot_do_is_refused(one, refuses):
         NativeModel(one, activations="int8")
     with refuses("unknown activations 'int9', expected one of int16, int8"):
         NativeModel(one, activations="int9")
+    with refuses("this model has activations of int16: name the one that it was made from"):
+        with_engine(NativeModel(one), "native", "int8")
     with refuses("activations of int8 need the native engine: the engine is torch"):
         with_engine(one, "torch", "int8")
     native = NativeModel(one)
