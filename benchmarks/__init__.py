@@ -21,6 +21,7 @@ BENCHES = {
     "speculation": "benchmarks.speculation",
     "scoring": "benchmarks.scoring",
     "soak": "benchmarks.soak",
+    "slots": "benchmarks.slots",
     "students": "benchmarks.students",
     "state-precision": "benchmarks.state_precision",
     "gpu": "benchmarks.gpu",

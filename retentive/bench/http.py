@@ -1,8 +1,11 @@
-"""Client of `bench serving --server`: many streamed completions over HTTP at once, by plain sockets.
+"""Client of benches of servers: many streamed completions over HTTP at once, by plain sockets.
 
 The client is this process. Its one thread only collects bytes while the clock runs and parses them afterwards, to keep
-its own time small. Every stream's text must equal the text of `generate` alone, since a server that lost tokens would
-look fast.
+its own time small.
+
+    answers(port, [request(body), …])    what came, and when, of each
+    through_server(port, asked)          seconds of all. Every stream's text must equal the text of `generate` alone,
+                                         since a server that lost tokens would look fast
 """
 
 import json
@@ -13,6 +16,7 @@ import time
 from collections.abc import Sequence
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 from retentive.data.tokenizer import Tokenizer, train_bpe
 from retentive.infer import SamplingParams, generate
@@ -38,12 +42,17 @@ def requests(
             written = [t.id for t in generate(model, ids, SamplingParams(seed=seed), max_tokens=tokens)]
             if tokenizer.eos_id not in written:
                 break
-        body = json.dumps({"prompt": ids, "max_tokens": tokens, "seed": seed, "stream": True}).encode()
-        # "close": the end of the connection is then the end of the response, and nothing is parsed while the clock runs
-        head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
-        request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-        made.append((request, tokenizer.decode(written)))
+        body = {"prompt": ids, "max_tokens": tokens, "seed": seed, "stream": True}
+        made.append((request(body), tokenizer.decode(written)))
     return made
+
+
+def request(body: dict[str, Any]) -> bytes:
+    """Returns the HTTP request of a completion."""
+    content = json.dumps(body).encode()
+    # "close": the end of the connection is then the end of the response, and nothing is parsed while the clock runs
+    head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
 def through_server(port: int, asked: list[tuple[bytes, str]]) -> float:
@@ -52,27 +61,35 @@ def through_server(port: int, asked: list[tuple[bytes, str]]) -> float:
     Raises:
         ArithmeticError: a stream's text is not the expected one.
     """
-    selector, answers = selectors.DefaultSelector(), [bytearray() for _ in asked]
-    # connected before the clock starts, since only the streams are compared with the engine
-    sockets = [socket.create_connection(("127.0.0.1", port)) for _ in asked]
-    for connection, answer in zip(sockets, answers, strict=True):
+    found = answers(port, [request for request, _ in asked])
+    for n, (answer, (_, want)) in enumerate(zip(found, asked, strict=True)):
+        if (got := text_of(b"".join(part for _, part in answer))) != want:
+            raise ArithmeticError(f"stream {n} through the server gave another text than alone: {got[:120]!r}")
+    return max(answer[-1][0] for answer in found)
+
+
+def answers(port: int, requests: Sequence[bytes]) -> list[list[tuple[float, bytes]]]:
+    """Sends all requests at once, and returns the parts of each response: (seconds since the first request, bytes).
+
+    The last part is empty: the server has closed the connection.
+    """
+    selector, found = selectors.DefaultSelector(), [list[tuple[float, bytes]]() for _ in requests]
+    # connected before the clock starts, since only the streams are timed
+    sockets = [socket.create_connection(("127.0.0.1", port)) for _ in requests]
+    for connection, answer in zip(sockets, found, strict=True):
         selector.register(connection, selectors.EVENT_READ, answer)
     began = time.perf_counter()
-    for connection, (request, _) in zip(sockets, asked, strict=True):
-        connection.sendall(request)
+    for connection, asked in zip(sockets, requests, strict=True):
+        connection.sendall(asked)
     while selector.get_map():
         for key, _ in selector.select():
             part = key.fileobj.recv(1 << 16)
-            key.data.extend(part)
-            if not part:  # the server has closed the connection: the response is complete
+            key.data.append((time.perf_counter() - began, part))
+            if not part:
                 selector.unregister(key.fileobj)
-    seconds = time.perf_counter() - began
-    for n, (connection, answer, (_, want)) in enumerate(zip(sockets, answers, asked, strict=True)):
-        connection.close()
-        if (got := text_of(bytes(answer))) != want:
-            raise ArithmeticError(f"stream {n} through the server gave another text than alone: {got[:120]!r}")
+                key.fileobj.close()
     selector.close()
-    return seconds
+    return found
 
 
 def text_of(answer: bytes) -> str:

@@ -7,7 +7,7 @@ Architectures and names of tensors are in `checkpoint/rwkv.py`, which also reads
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -74,15 +74,7 @@ def write(
     out = library.GGUFWriter(str(path), arch)
     metadata: dict[str, Any] = {NAME: name} if name else {}
     metadata |= rwkv.metadata(config, arch) | written(tokenizer, config.vocab_size, template)
-    for key, value in metadata.items():
-        add = {
-            str: out.add_string,
-            bool: out.add_bool,
-            int: out.add_uint32,
-            float: out.add_float32,
-            list: out.add_array,
-        }
-        add[value.__class__](key, value)
+    add_metadata(out, metadata)
     out.add_file_type(library.LlamaFileType["ALL_F32" if type == "f32" else f"MOSTLY_{type.upper()}"])
     out.add_quantization_version(library.GGML_QUANT_VERSION)
 
@@ -117,6 +109,13 @@ def write(
         if progress:
             progress("writing", done, total)
     out.close()
+
+
+def add_metadata(out: Any, metadata: Mapping[str, Any]) -> None:
+    """Adds values to a GGUFWriter, each with the type that it has in Python: uint32, float32, bool, string or array."""
+    add = {str: out.add_string, bool: out.add_bool, int: out.add_uint32, float: out.add_float32, list: out.add_array}
+    for key, value in metadata.items():
+        add[value.__class__](key, value)
 
 
 class LlamaCpp:

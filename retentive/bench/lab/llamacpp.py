@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from retentive.checkpoint import gguf_tokenizer
+from retentive.data.tokenizer import Tokenizer
+from retentive.export.gguf import add_metadata
 from retentive.models import ModelConfig
 
 MULTIPLE = 32
@@ -23,8 +26,8 @@ UBATCH = 512
 """Tokens of a prompt that it computes at once: its own default."""
 
 
-def write(config: ModelConfig, path: Path) -> None:
-    """Writes a GGUF file in F16 with random weights, without a tokenizer."""
+def write(config: ModelConfig, path: Path, tokenizer: Tokenizer | None = None) -> None:
+    """Writes a GGUF file in F16 with random weights; its server needs a tokenizer."""
     import gguf
 
     rng, c, block = np.random.default_rng(0), config, config.all_alike("llama.cpp")
@@ -42,7 +45,10 @@ def write(config: ModelConfig, path: Path) -> None:
     out.add_layer_norm_rms_eps(c.norm_eps)
     out.add_vocab_size(c.vocab_size)
     out.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    out.add_tokenizer_model("none")
+    if tokenizer is None:
+        out.add_tokenizer_model("none")
+    else:
+        add_metadata(out, gguf_tokenizer.written(tokenizer, c.vocab_size, None))
 
     def matrix(name: str, *shape: int) -> None:
         out.add_tensor(f"{name}.weight", (rng.standard_normal(shape, dtype=np.float32) * 0.03).astype(np.float16))
@@ -80,7 +86,7 @@ def begin() -> Any:
     return quiet
 
 
-def written(config: ModelConfig, format: str, folder: Path) -> Path:
+def written(config: ModelConfig, format: str, folder: Path, tokenizer: Tokenizer | None = None) -> Path:
     """Writes a GGUF file of the twin's sizes, widths rounded to a multiple, and returns its path.
 
     Args:
@@ -93,7 +99,7 @@ def written(config: ModelConfig, format: str, folder: Path) -> Path:
 
     begin()
     file = folder / "f16.gguf"
-    write(rounded(config), file)
+    write(rounded(config), file, tokenizer)
     if format == "F16":
         return file
     how = llama_cpp.llama_model_quantize_default_params()
