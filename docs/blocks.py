@@ -139,7 +139,8 @@ def claims() -> str:
     novels, library = best("compare-sizes-default"), best("compare-hybrid-library")
     contexts = {model: perplexities(model)[8192] for model in ("retnet", "transformer")}
     digits, slower = result("seen-digits-1m", EPYC)["rows"], result("seen-digits-half-rate-1m", ZEN4)["rows"]
-    pairs = {r["variant"]: f"{r['accuracy']['32']:.0%}".replace("%", " %") for r in result("recall-hybrid", EPYC)["rows"]}
+    of_recall = result("recall-hybrid", EPYC)["rows"]
+    pairs = {r["variant"]: f"{r['accuracy']['32']:.0%}".replace("%", " %") for r in of_recall}
 
     def bits(found: dict[tuple[str, str], dict[str, Any]], at: str, variant: str) -> str:
         return f"{found[at, variant]['bits_per_byte']:.3f}"
