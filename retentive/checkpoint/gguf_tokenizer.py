@@ -103,6 +103,13 @@ def written(tokenizer: Tokenizer, vocab_size: int, template: str | None) -> dict
     return words if template is None else {**words, "tokenizer.chat_template": template}
 
 
+def add_metadata(out: Any, metadata: Mapping[str, Any]) -> None:
+    """Adds values to a GGUFWriter, each with the type that it has in Python: uint32, float32, bool, string or array."""
+    add = {str: out.add_string, bool: out.add_bool, int: out.add_uint32, float: out.add_float32, list: out.add_array}
+    for key, value in metadata.items():
+        add[value.__class__](key, value)
+
+
 def _splits_digits(content: Mapping[str, Any]) -> bool:
     """True if every digit is a word of its own; raises ValueError if words are not split as GPT-2 does otherwise."""
     pre = content.get("pre_tokenizer") or {}

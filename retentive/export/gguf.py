@@ -7,7 +7,7 @@ Architectures and names of tensors are in `checkpoint/rwkv.py`, which also reads
 """
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from retentive.checkpoint import rwkv
-from retentive.checkpoint.gguf_tokenizer import written
+from retentive.checkpoint.gguf_tokenizer import add_metadata, written
 from retentive.checkpoint.quantize import quantization_of
 from retentive.data.tokenizer import Tokenizer
 from retentive.export.models import check_model
@@ -109,13 +109,6 @@ def write(
         if progress:
             progress("writing", done, total)
     out.close()
-
-
-def add_metadata(out: Any, metadata: Mapping[str, Any]) -> None:
-    """Adds values to a GGUFWriter, each with the type that it has in Python: uint32, float32, bool, string or array."""
-    add = {str: out.add_string, bool: out.add_bool, int: out.add_uint32, float: out.add_float32, list: out.add_array}
-    for key, value in metadata.items():
-        add[value.__class__](key, value)
 
 
 class LlamaCpp:

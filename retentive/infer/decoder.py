@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from retentive.infer.generate import step_threads
+from retentive.infer.graphs import Graphs
 from retentive.models import LanguageModel
 from retentive.models.encoders import Config, encoders_of, inserted
 from retentive.models.state import State
@@ -79,6 +80,7 @@ class TorchDecoder:
         # A view of the pool is tens of tensor views and costs as much as a small model's layer. So the last one is
         # kept as long as the pool and the number of rows stay the same.
         self._view: tuple[Any, int, Any] = (None, 0, None)  # pool, rows, view
+        self._graphs = Graphs(model)
 
     def init_state(self) -> State:
         return self.model.init_state(1)
@@ -115,6 +117,8 @@ class TorchDecoder:
         return x[0], [state.select(torch.tensor([n])) for n in range(len(states))]
 
     def decode(self, ids: Tensor, pool: Any) -> Tensor:
+        if recorded := self._graphs.step(pool, len(ids)):
+            return recorded.run(ids.to(self.model.device)).cpu()
         n, kept = len(ids), self._view
         self._view = (None, 0, None)  # so that after an error the pool's memory can be freed
         # `is`: a pool that grew is a new object, and old views point into memory that is no longer written

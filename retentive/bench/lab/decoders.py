@@ -11,6 +11,7 @@ from retentive import machine
 from retentive.bench.lab import llamacpp, models
 from retentive.checkpoint.quantize import quantization_of
 from retentive.infer.generate import step_threads
+from retentive.infer.graphs import RecordedStep, recordable
 from retentive.layers import RetentionConfig
 from retentive.models import ModelConfig, cost
 from retentive.ops.ring import slots
@@ -85,6 +86,20 @@ def ring_bytes(B: int, H: int, K: int, V: int, itemsize: int) -> int:
     fold = slots(K, V) // 2
     rows = (3 * fold + 1) / 2 + 2  # of K + V: those in the ring, the new one among them; q and o; k and v
     return round(B * H * (4 * K * V * (1 + 1 / fold) + rows * (K + V) * itemsize))
+
+
+class Recorded(Rival):
+    """Model of this package on a GPU; its step is a CUDA graph, as in the engine."""
+
+    def fill(self, batch: int, context: int, room: int) -> Any:
+        state = super().fill(batch, context, room)
+        # compiles and loads kernels, which a recording cannot
+        super().step(torch.zeros(batch, 1, dtype=torch.int64, device=self.device), state.clone())
+        return RecordedStep(self.model, state)
+
+    def step(self, ids: Tensor, state: Any) -> Any:
+        state.run(ids[:, 0])
+        return state
 
 
 class Llama(Rival):
@@ -182,7 +197,8 @@ def make(
     own = models.config_of(name, config, full_heads=full_heads)
     if name in models.LLAMACPP:
         return LlamaCpp(name, own, device)
-    return (Native if name in models.NATIVE else Rival)(name, own, device, dtype)
+    kind = Native if name in models.NATIVE else Recorded if recordable(own, device) else Rival
+    return kind(name, own, device, dtype)
 
 
 class Decoding:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from retentive.checkpoint import gguf_tokenizer
+from retentive.checkpoint.gguf_tokenizer import add_metadata
+from retentive.checkpoint.gguf_tokenizer import written as written_tokenizer
 from retentive.data.tokenizer import Tokenizer
-from retentive.export.gguf import add_metadata
 from retentive.models import ModelConfig
 
 MULTIPLE = 32
@@ -48,7 +48,7 @@ def write(config: ModelConfig, path: Path, tokenizer: Tokenizer | None = None) -
     if tokenizer is None:
         out.add_tokenizer_model("none")
     else:
-        add_metadata(out, gguf_tokenizer.written(tokenizer, c.vocab_size, None))
+        add_metadata(out, written_tokenizer(tokenizer, c.vocab_size, None))
 
     def matrix(name: str, *shape: int) -> None:
         out.add_tensor(f"{name}.weight", (rng.standard_normal(shape, dtype=np.float32) * 0.03).astype(np.float16))
