@@ -1,4 +1,4 @@
-"""Shares of a prefill chunk: equal, all of it given out, and no more pictures than encoders have room for."""
+"""Shares of a prefill chunk: equal but not tiny, all of it given out, and no more pictures than encoders can read."""
 
 import numpy as np
 import pytest
@@ -16,9 +16,9 @@ def prompt(ids, read=0) -> Prompt:
     return Prompt(ids, [], None, Placeholders(ids, rows, {"image": IMAGE}) if rows else None, read)
 
 
-def taken(prompts, chunk, every=None) -> list[int]:
+def taken(prompts, chunk, every=None, least=1) -> list[int]:
     """Tokens that each of the prompts reads; all must be its next ones."""
-    parts = dict(shared(prompts, chunk, every))
+    parts = dict(shared(prompts, chunk, every, least))
     assert all(p.ids[p.read : p.read + len(part)] == part and part for p, part in parts.items())
     return [len(parts.get(p, [])) for p in prompts]
 
@@ -29,12 +29,35 @@ def taken(prompts, chunk, every=None) -> list[int]:
         ([100], 12, [12]),
         ([3, 100, 100], 12, [2, 5, 5]),  # what the short one leaves goes to the others
         ([100, 3, 100], 12, [5, 2, 5]),
-        ([100] * 4, 2, [1, 1, 1, 1]),  # each reads on, however small the chunk
+        ([100] * 4, 2, [1, 1, 0, 0]),  # no more prompts than tokens
         ([1, 9], 12, [0, 8]),  # the last token is decoded, not read
     ],
 )
 def test_text_is_read_in_equal_shares(lengths, chunk, want):
     assert taken([prompt([7] * n) for n in lengths], chunk) == want
+
+
+@pytest.mark.parametrize(
+    ("lengths", "want"),
+    [
+        ([100] * 5, [4, 4, 4, 0, 0]),
+        ([100, 100, 100, 30, 20], [4, 0, 0, 4, 4]),  # the oldest, and those with the fewest tokens
+        ([100] * 3 + [3] * 5, [4, 0, 0, 2, 2, 2, 2, 0]),  # short ones are read whole
+        ([2, 100, 100], [1, 5, 6]),
+    ],
+)
+def test_parts_are_not_too_small(lengths, want):
+    assert taken([prompt([7] * n) for n in lengths], 12, least=4) == want
+
+
+def test_a_long_prompt_waits_neither_for_short_ones_nor_they_for_it():
+    long, began = prompt([7] * 1000), 0
+    while long.left:
+        short = [prompt([7] * 9) for _ in range(40)]  # more come in every step than it can read
+        parts = dict(shared([long, *short], 64, None, 8))
+        assert len(parts) > 6
+        long.read, began = long.read + len(parts[long]), began + 1
+    assert began <= 1000 / 8
 
 
 def test_parts_end_where_states_are_cached():
