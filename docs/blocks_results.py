@@ -136,6 +136,22 @@ def activations() -> str:
     return table(" | " + " | ".join(names.values()), *lines)
 
 
+def slots() -> str:
+    """Servers with 16 slots, ours and llama.cpp's."""
+    names = {"native-w8a8": "W8A8", "native-w4a8": "W4A8", "llamacpp-q8_0": "llama.cpp Q8_0", "llamacpp-q4_0": "Q4_0"}
+    rows = {r["model"]: r for r in result("slots-130m", EPYC)["rows"]}
+    lines = []
+    for text, key, scale, form in (
+        ("tokens/s while all streams decode", "decoding", 1, ",.0f"),
+        ("tokens/s, prompts included", "tokens_per_second", 1, ",.0f"),
+        ("first token, s, median", "first", 1, ".1f"),
+        ("time between two pieces of text, ms, p50", "p50", 1000, ".0f"),
+        ("p95", "p95", 1000, ".0f"),
+    ):
+        lines.append(" | ".join([text, *(format(scale * rows[name][key], form) for name in names)]))
+    return table(" | " + " | ".join(names.values()), *lines)
+
+
 def quantization() -> str:
     """Quality loss from quantisation."""
     found = result("quantization-5m", EPYC)
