@@ -11,7 +11,7 @@ let package = Package(
             name: "CRetentive",
             sources: ["c/retentive.c"],
             publicHeadersPath: "include",
-            cSettings: [.unsafeFlags(["-O3", "-fno-strict-aliasing", "-fno-math-errno", "-Wno-unknown-pragmas"])]
+            cSettings: [.unsafeFlags(["-O3", "-fno-strict-aliasing", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"])]
         ),
         .target(name: "Retentive", dependencies: ["CRetentive"]),
     ],
