@@ -19,8 +19,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-# No -ffast-math, which assumes there are no NaNs. -fno-trapping-math changes no number; without it GCC vectorises no loop
-# over exponentials, unless the processor has masks (AVX-512).
+# No -ffast-math, which assumes there are no NaNs. -fno-trapping-math changes no number; without it GCC vectorises no
+# loop over exponentials, unless the processor has masks (AVX-512).
 FLAGS = ("-O3", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11")
 LINK = ("-lm", "-pthread")
 ARM = platform.machine().lower() in ("aarch64", "arm64")
