@@ -262,6 +262,24 @@ def recall() -> str:
     return table("right values | " + " | ".join(f"{n} pairs" for n in pairs) + " | memory", *lines)
 
 
+def copying() -> str:
+    """Right tokens of copied strings, by their length."""
+    names = {
+        "retnet": "RetNet",
+        "retnet-convolution": "RetNet with short convolutions",
+        "hybrid": "hybrid, a window of 256 tokens",
+        "hybrid-64": "hybrid, a window of 64 tokens",
+        "transformer": "twin",
+    }
+    found = result("copying", EPYC)
+    rows = {r["variant"]: r for r in found["rows"]}
+    lines = [
+        " | ".join([text, *(f"{100 * rows[name]['accuracy'][str(n)]:.0f} %" for n in found["pairs"])])
+        for name, text in names.items()
+    ]
+    return table("right tokens | " + " | ".join(f"{n} tokens" for n in found["pairs"]), *lines)
+
+
 TEXTS = {"novels": "novels", "library": "Python source", "pairs": "pairs"}
 """Texts of compare-hybrid, and their columns."""
 KINDS = {
@@ -288,15 +306,16 @@ def which() -> str:
 
 def which_larger() -> str:
     """Bits per byte of the hybrid and of its best twin with 6 M parameters."""
-    found = {text: best(f"compare-hybrid-5m-{text}") for text in TEXTS if text != "novels"}
-    titles = [TEXTS[text] for text in found]
+    found = {text: best(f"compare-hybrid-5m-{text}") for text in TEXTS}
     ahead = {text: rows["5m", "transformer-qk-norm-forget"] for text, rows in found.items()}
     lines = [
         " | ".join([KINDS[name], *(f"{rows['5m', name]['bits_per_byte']:.3f}" for rows in found.values())])
         for name in ("hybrid", "transformer-qk-norm-forget")
     ]
     apart = [f"{r['difference']:.3f} ± {r['difference_half_width']:.3f}" for r in ahead.values()]
-    return table(f"6 M parameters, bits per byte | {' | '.join(titles)}", *lines, "difference | " + " | ".join(apart))
+    return table(
+        f"6 M parameters, bits per byte | {' | '.join(TEXTS.values())}", *lines, "difference | " + " | ".join(apart)
+    )
 
 
 def which_costs() -> str:
