@@ -318,7 +318,7 @@ def narrow_heads(config: ModelConfig) -> ModelConfig:
 def mixed(
     config: ModelConfig,
     *,
-    attention: Sequence[int] = (),
+    attention: Sequence[int] | None = None,
     attention_every: int = 0,
     attention_window: int | None = 256,
     attention_sinks: int = 0,
@@ -335,8 +335,8 @@ def mixed(
 
     Args:
         config: the RetNet; its blocks are equal, and attention blocks have QK-norm if they have it.
-        attention: indices of the attention blocks, from 0.
-        attention_every: instead of indices, the last of every so many blocks; 0: 2. 4: three blocks of retention, then
+        attention: indices of the attention blocks, from 0; None: every second.
+        attention_every: instead of indices, the last of every so many blocks. 4: three blocks of retention, then
             one of attention.
         attention_window: number of tokens that a token attends to in these blocks, itself included; None: all.
         attention_sinks: first tokens of a text, to which they attend beside the window; not beside a forget gate.
@@ -348,15 +348,15 @@ def mixed(
         ValueError: an index does not exist, all blocks would be of one kind, or an invalid value.
     """
     layers, block = config.layers, config.blocks[0]
-    if attention and attention_every:
+    if attention is not None and attention_every:
         raise ValueError(f"attention names the blocks, attention_every={attention_every} counts them: give one")
     every = attention_every or 2
-    places = set(attention) if attention else set(range(every - 1, layers, every)) if every > 0 else set()
-    if not attention and not 2 <= every <= layers:
+    if attention is None and not 2 <= every <= layers:
         raise ValueError(
             f"attention_every must be from 2 to layers, {layers}, for blocks of both kinds to be there, got {every}"
         )
-    if not places <= set(range(layers)) or len(places) == layers:
+    places = set(range(every - 1, layers, every) if attention is None else attention)
+    if not places or not places <= set(range(layers)) or len(places) == layers:
         raise ValueError(
             f"attention must name some of the blocks 0 to {layers - 1}, and leave one, got {sorted(places)}"
         )

@@ -60,6 +60,8 @@ def test_a_hybrid_attends_where_it_is_told(refuses):
     assert gated.attention.forget_gate and gated.attention.window == 9
     with refuses("attention must name some of the blocks 0 to 4, and leave one, got [5]"):
         config_of("hybrid", "1m", vocab_size=99, attention=[5])
+    with refuses("attention must name some of the blocks 0 to 4, and leave one, got []"):
+        config_of("hybrid", "1m", vocab_size=99, attention=[])
     with refuses("attention_every=2 counts them: give one"):
         config_of("hybrid", "1m", vocab_size=99, attention=[1], attention_every=2)
 
