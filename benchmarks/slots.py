@@ -3,8 +3,8 @@
     native-int8, native-w8a8, …   `retentive serve` with a RetNet in C, states of 8 bits
     llamacpp-q8_0, …              `llama-server` with the Transformer twin of its size, if --llama-server names it
 
-All streams begin at once. Servers take turns, each alone on the machine, with as many slots as streams. Every token is
-drawn from all others by its probability. The gate: each stream gives as many tokens as it was asked for. (The texts of
+All streams begin at once. Servers take turns, each alone on the machine, with as many slots as streams. Temperature 1,
+without top-k or top-p. The gate: each stream gives as many tokens as it was asked for. (The texts of
 our server are compared with those of the model alone by `bench serving --server`.)
 """
 
@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -157,7 +156,7 @@ def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5):
             return True
-    except (urllib.error.URLError, OSError):
+    except OSError:  # URLError, too
         return False
 
 
@@ -201,7 +200,8 @@ def arrivals(answer: Sequence[tuple[float, bytes]], tokens: int) -> list[float]:
                 usage = event.get("usage") or usage
                 at += [second] * any(choice["text"] for choice in event.get("choices", []))
     if not usage or usage["completion_tokens"] != tokens:
-        raise ArithmeticError(f"a stream of {tokens} tokens counted {usage}: not timed")
+        told = b"".join(part for _, part in answer)[-200:]
+        raise ArithmeticError(f"a stream of {tokens} tokens counted {usage}: not timed; it ended with {told!r}")
     return at
 
 
@@ -213,7 +213,7 @@ def times(streams: Sequence[Sequence[float]], tokens: int) -> dict[str, float]:
         tokens: tokens of a stream.
 
     Returns:
-        tokens_per_second: of all streams, prompts included.
+        tokens_per_second: generated tokens of all streams, in the time of prompts and answers.
         first: median of seconds to a stream's first token.
         decoding: tokens/s while all streams decode: since the last has begun, until the first ends. 0 if never.
         p50, p95, most: seconds between two pieces of a stream in that time.
@@ -236,7 +236,15 @@ def median_of(found: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def table(result: dict[str, Any]) -> str:
     """Returns the rows as a Markdown table."""
-    heads = ["", "tokens/s, prompts included", "first token", "tokens/s while all decode", "p50", "p95", "longest"]
+    heads = [
+        "",
+        "generated tokens/s, with the time for prompts",
+        "first token",
+        "tokens/s while all decode",
+        "p50",
+        "p95",
+        "longest",
+    ]
     lines = [
         [
             models.NAMES[row["model"]],

@@ -63,26 +63,26 @@ def through_server(port: int, asked: list[tuple[bytes, str]]) -> float:
     Raises:
         ArithmeticError: a stream's text is not the expected one.
     """
-    found = answers(port, [request for request, _ in asked])
+    found = answers(port, [sent for sent, _ in asked])
     for n, (answer, (_, want)) in enumerate(zip(found, asked, strict=True)):
         if (got := text_of(b"".join(part for _, part in answer))) != want:
             raise ArithmeticError(f"stream {n} through the server gave another text than alone: {got[:120]!r}")
     return max(answer[-1][0] for answer in found)
 
 
-def answers(port: int, requests: Sequence[bytes]) -> list[list[tuple[float, bytes]]]:
+def answers(port: int, sent: Sequence[bytes]) -> list[list[tuple[float, bytes]]]:
     """Sends all requests at once, and returns the parts of each response: (seconds since the first request, bytes).
 
     The last part is empty: the server has closed the connection.
     """
-    selector, found = selectors.DefaultSelector(), [list[tuple[float, bytes]]() for _ in requests]
+    selector, found = selectors.DefaultSelector(), [list[tuple[float, bytes]]() for _ in sent]
     # connected before the clock starts, since only the streams are timed
-    sockets = [socket.create_connection(("127.0.0.1", port)) for _ in requests]
+    sockets = [socket.create_connection(("127.0.0.1", port)) for _ in sent]
     for connection, answer in zip(sockets, found, strict=True):
         selector.register(connection, selectors.EVENT_READ, answer)
     began = time.perf_counter()
-    for connection, asked in zip(sockets, requests, strict=True):
-        connection.sendall(asked)
+    for connection, each in zip(sockets, sent, strict=True):
+        connection.sendall(each)
     while selector.get_map():
         for key, _ in selector.select():
             part = key.fileobj.recv(1 << 16)

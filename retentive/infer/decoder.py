@@ -80,7 +80,7 @@ class TorchDecoder:
         # A view of the pool is tens of tensor views and costs as much as a small model's layer. So the last one is
         # kept as long as the pool and the number of rows stay the same.
         self._view: tuple[Any, int, Any] = (None, 0, None)  # pool, rows, view
-        self._graphs = Graphs(model)
+        self._graphs = Graphs(model, state_dtype)
 
     def init_state(self) -> State:
         return self.model.init_state(1)
@@ -118,7 +118,11 @@ class TorchDecoder:
 
     def decode(self, ids: Tensor, pool: Any) -> Tensor:
         if recorded := self._graphs.step(pool, len(ids)):
-            return recorded.run(ids.to(self.model.device)).cpu()
+            try:
+                return recorded.run(ids.to(self.model.device)).cpu()
+            except BaseException:
+                self._graphs.forget()  # as below: the pool's memory can be freed
+                raise
         n, kept = len(ids), self._view
         self._view = (None, 0, None)  # so that after an error the pool's memory can be freed
         # `is`: a pool that grew is a new object, and old views point into memory that is no longer written

@@ -9,6 +9,7 @@ run them. Source: https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs
 """
 
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,13 +22,14 @@ from retentive.models.state import State
 class RecordedStep:
     """A decode step of given sequences, recorded once and run any number of times."""
 
-    def __init__(self, model: LanguageModel, view: State):
+    def __init__(self, model: LanguageModel, view: State, memory: Any = None):
         """Records a step. Nothing is computed: the state is as before.
 
         A step of as many sequences must have run before, since kernels are compiled and loaded then.
 
         Args:
             view: state of the sequences, with rings. Its tensors are updated in place.
+            memory: `torch.cuda.graph_pool_handle()` for the activations of several recorded steps, one run at a time.
 
         Raises:
             RuntimeError: an operation of the model cannot be recorded, such as one that waits for the GPU.
@@ -35,7 +37,8 @@ class RecordedStep:
         self.view = view  # the graph has the addresses of its tensors, so they must live as long
         self.ids = torch.zeros(len(view.position), 1, dtype=torch.int64, device=model.device)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # thread_local: other threads, which read for another model, may allocate meanwhile
+        with torch.cuda.graph(self.graph, pool=memory, capture_error_mode="thread_local"):
             x, state = model.hidden(self.ids, State(view.memories, view.position))
             view.position.copy_(state.position)  # the only part of a state that a model does not write in place
             self.logits = model.head(x[:, -1]).float()
@@ -47,20 +50,26 @@ class RecordedStep:
         return self.logits
 
 
-def recordable(config: Any, device: torch.device) -> bool:
-    """True if steps of such a model can be recorded: on an NVIDIA GPU, without attention.
+def recordable(config: Any, device: torch.device, state_dtype: torch.dtype | None = None) -> bool:
+    """True if steps of such a model can be recorded: on a GPU with Triton, without attention, with states of float32.
 
-    Attention reads a position in Python, to know how large its cache has to be.
+    Attention reads a position in Python, to know how large its cache has to be. Other states, and a missing Triton, are
+    left to `ring.decode_step`, which reads the number of full rings.
     """
-    return device.type == "cuda" and not config.attends
+    return device.type == "cuda" and not config.attends and state_dtype is None and bool(find_spec("triton"))
 
 
 class Graphs:
     """Recorded steps of a pool, one for each number of sequences, recorded at the second step of that number."""
 
-    def __init__(self, model: LanguageModel):
+    def __init__(self, model: LanguageModel, state_dtype: torch.dtype | None = None):
         self.model = model
-        self.possible = recordable(model.config, model.device)
+        self.possible = recordable(model.config, model.device, state_dtype)
+        self.memory = torch.cuda.graph_pool_handle() if self.possible else None
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops all recorded steps, and the pool whose memory they keep."""
         self.pool: State | None = None
         self.steps: dict[int, RecordedStep | None] = {}
 
@@ -72,9 +81,10 @@ class Graphs:
             self.pool, self.steps = pool, {}
         if n in self.steps and self.steps[n] is None:
             try:
-                self.steps[n] = RecordedStep(self.model, pool.view(n))
+                self.steps[n] = RecordedStep(self.model, pool.view(n), self.memory)
             except RuntimeError as error:
-                reason = str(error).splitlines()[0]
+                reason = (str(error).splitlines() or ["no reason given"])[0]
                 warnings.warn(f"decoding goes on without CUDA graphs, which is slower: {reason}", stacklevel=2)
-                self.possible, self.steps = False, {}
+                self.possible = False
+                self.forget()
         return self.steps.setdefault(n, None) if self.possible else None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from retentive.infer.requests import Prompt
 
 LEAST = 128
-"""Tokens of a long prompt that a step reads, or none: smaller parts cost more for each token (docs/LOG.md)."""
+"""Smallest part of a long prompt that a step reads, in tokens: smaller ones cost more for each (docs/LOG.md)."""
 
 
 def shared(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from retentive.bench.lab import decoders
 from retentive.infer import graphs as room
 from retentive.infer.decoder import TorchDecoder
 from retentive.models import build, retnet
@@ -32,7 +33,7 @@ class Graph:
 class Recording(TorchDispatchMode):
     """As torch.cuda.graph: nothing is computed, so what operators wrote in place is taken back at the end."""
 
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: Graph, pool=None, capture_error_mode="global"):
         super().__init__()
         self.graph, self.before = graph, []
 
@@ -110,3 +111,13 @@ def test_a_model_that_cannot_be_recorded_decodes_as_before(graphs):
         with pytest.warns(UserWarning, match="without CUDA graphs") if token == 2 else room.warnings.catch_warnings():
             assert torch.equal(decoder.decode(torch.tensor([token]), pool), want)
     assert not decoder._graphs.possible
+
+
+@torch.inference_mode()
+def test_the_bench_times_no_wrong_recording(graphs, monkeypatch):
+    rival = decoders.Recorded("retnet", MODELS["retnet"], torch.device("cpu"), torch.float32)
+    rival.check()
+    run = room.RecordedStep.run
+    monkeypatch.setattr(room.RecordedStep, "run", lambda self, ids: run(self, ids) + (ids[0] == 40))
+    with pytest.raises(ArithmeticError, match="a recorded step is off by 1"):
+        rival.check()

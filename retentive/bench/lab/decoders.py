@@ -16,6 +16,8 @@ from retentive.layers import RetentionConfig
 from retentive.models import ModelConfig, cost
 from retentive.ops.ring import slots
 
+FOLDED = 64
+"""More tokens than a ring has slots."""
 TRIED = 4
 """Steps to find the faster setting of llama.cpp."""
 
@@ -90,6 +92,19 @@ def ring_bytes(B: int, H: int, K: int, V: int, itemsize: int) -> int:
 
 class Recorded(Rival):
     """Model of this package on a GPU; its step is a CUDA graph, as in the engine."""
+
+    def check(self) -> None:
+        """As of others, and repeated steps against computed ones, until each ring was folded."""
+        super().check()
+        recorded: Any = self.fill(2, 0, 0)
+        state = recorded.view.clone()
+        for token in range(2 * FOLDED):
+            ids = torch.full((2, 1), token % self.model.config.vocab_size, device=self.device)
+            x, state = self.model.hidden(ids, state)
+            want = self.model.head(x[:, -1]).float()
+            worst = float((recorded.run(ids[:, 0]) - want).abs().max())
+            if not worst <= models.TOLERANCE * max(1.0, float(want.abs().max())):  # `not <=`, so that a NaN fails
+                raise ArithmeticError(f"{self.name}: a recorded step is off by {worst:.1e}: not timed")
 
     def fill(self, batch: int, context: int, room: int) -> Any:
         state = super().fill(batch, context, room)

@@ -27,7 +27,7 @@ UBATCH = 512
 
 
 def write(config: ModelConfig, path: Path, tokenizer: Tokenizer | None = None) -> None:
-    """Writes a GGUF file in F16 with random weights; its server needs a tokenizer."""
+    """Writes a GGUF file in F16 with random weights. llama-server needs a tokenizer."""
     import gguf
 
     rng, c, block = np.random.default_rng(0), config, config.all_alike("llama.cpp")
