@@ -181,8 +181,8 @@ def claims() -> str:
         + file("seen-digits-half-rate-1m", ZEN4, "twin at its better learning rate"),
         f"sound: digits of a new speaker misheard | {spoken('retnet')} | {spoken('twin')} | lower | "
         + f"[1.1 M, mean of {len(SPEAKERS)} speakers, one learning rate](docs/listen.md#results)",
-        f"recall of 32 key-value pairs | {pairs['retnet']} (hybrid: {pairs['hybrid']}) | {pairs['transformer']} | "
-        "higher | " + file("recall-hybrid", EPYC, "two layers of width 64"),
+        f"recall of 32 key-value pairs | {pairs['retnet']} (hybrid, in its window: {pairs['hybrid']}) | "
+        f"{pairs['transformer']} | higher | " + file("recall-hybrid", EPYC, "two layers of width 64"),
     ]
     return table("claim | RetNet | twin | better | measured", *lines, text=2)
 

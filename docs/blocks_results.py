@@ -143,7 +143,7 @@ def slots() -> str:
     lines = []
     for text, key, scale, form in (
         ("tokens/s while all streams decode", "decoding", 1, ",.0f"),
-        ("tokens/s, prompts included", "tokens_per_second", 1, ",.0f"),
+        ("generated tokens/s, with the time for prompts", "tokens_per_second", 1, ",.0f"),
         ("first token, s, median", "first", 1, ".1f"),
         ("time between two pieces of text, ms, p50", "p50", 1000, ".0f"),
         ("p95", "p95", 1000, ".0f"),
@@ -304,6 +304,21 @@ def which() -> str:
     return table(f"bits per byte | {' | '.join(TEXTS.values())}", *lines)
 
 
+def which_sizes() -> str:
+    """Bits per byte of the hybrid beside others on novels, by size."""
+    files = {"1m": "compare-hybrid-novels", "2m": "compare-hybrid-2m-novels", "5m": "compare-hybrid-5m-novels"}
+    sizes, lines = best("compare-sizes-default"), []
+    for n, name in files.items():
+        rows = {**sizes, **best(name)}
+        models = ("hybrid", "retnet", "transformer-qk-norm-forget", "transformer-qk-norm")
+        cells = [f"{rows[n, model]['bits_per_byte']:.3f}" for model in models]
+        apart = rows[n, "transformer-qk-norm-forget"]
+        cells.append(f"{apart['difference']:.3f} ± {apart['difference_half_width']:.3f}")
+        lines.append(" | ".join([millions(rows[n, "hybrid"]["parameters"]), *cells]))
+    heads = [KINDS["hybrid"], KINDS["retnet"], "twin with QK-norm and forget gate", KINDS["transformer-qk-norm"]]
+    return table(f"novels, bits per byte | {' | '.join(heads)} | hybrid ahead of the best twin by", *lines)
+
+
 def which_larger() -> str:
     """Bits per byte of the hybrid and of its best twin with 6 M parameters."""
     found = {text: best(f"compare-hybrid-5m-{text}") for text in TEXTS}
@@ -322,7 +337,7 @@ def which_costs() -> str:
     """Memory, speed of decoding and of training of the hybrid beside the RetNet and the twin."""
     decoded, trained = native("decode-hybrid-130m", 8192), row(result("train-profile-5m", EPYC)["rows"], length=2048)
     names = {"RetNet": ("native-int4", "retnet"), "hybrid": ("native-hybrid-int4", "hybrid")}
-    names["twin"] = ("native-twin-int4", "transformer")
+    names["twin (grouped heads in the first two columns)"] = ("native-twin-int4", "transformer")
     lines = []
     for title, (engine, model) in names.items():
         cells = [size(decoded[engine]["state_bytes"]), f"{1000 * decoded[engine]['seconds']:.1f} ms"]
