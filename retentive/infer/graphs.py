@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retentive.layers import RetentionConfig
 from retentive.models import LanguageModel
 from retentive.models.state import State
 
@@ -51,12 +52,15 @@ class RecordedStep:
 
 
 def recordable(config: Any, device: torch.device, state_dtype: torch.dtype | None = None) -> bool:
-    """True if steps of such a model can be recorded: on a GPU with Triton, without attention, with states of float32.
+    """True if steps of such a model can be recorded: a RetNet with a decay per token, on a GPU with Triton.
 
-    Attention reads a position in Python, to know how large its cache has to be. Other states, and a missing Triton, are
-    left to `ring.decode_step`, which reads the number of full rings.
+    Nothing may wait for the GPU in a recorded step. Attention reads a position, to know how large its cache has to be;
+    fixed decays are copied to the GPU in each call; and without Triton, or with states that are not of float32,
+    `ring.decode_step` reads the number of full rings.
     """
-    return device.type == "cuda" and not config.attends and state_dtype is None and bool(find_spec("triton"))
+    if device.type != "cuda" or config.attends or state_dtype is not None or not find_spec("triton"):
+        return False
+    return all(mixer.per_token for mixer in config.mixers if mixer.kind == RetentionConfig.kind)
 
 
 class Graphs:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from retentive.bench.lab import decoders
 from retentive.infer import graphs as room
 from retentive.infer.decoder import TorchDecoder
-from retentive.models import build, retnet
+from retentive.models import build, mixed, retnet
 from retentive.ops import backends, rows
 from retentive.ops.ring import Ring
 
@@ -121,3 +121,15 @@ def test_the_bench_times_no_wrong_recording(graphs, monkeypatch):
     monkeypatch.setattr(room.RecordedStep, "run", lambda self, ids: run(self, ids) + (ids[0] == 40))
     with pytest.raises(ArithmeticError, match="a recorded step is off by 1"):
         rival.check()
+
+
+def test_only_steps_that_wait_for_nothing_are_recorded(monkeypatch):
+    monkeypatch.setattr(room, "find_spec", lambda name: True)
+    gpu, config = torch.device("cuda"), MODELS["retnet"]
+    assert room.recordable(config, gpu) and room.recordable(MODELS["convolution"], gpu)
+    assert not room.recordable(config, torch.device("cpu"))
+    assert not room.recordable(config, gpu, torch.int8)
+    assert not room.recordable(mixed(config), gpu)
+    assert not room.recordable(retnet(**CONFIG, architecture="retnet-paper"), gpu)
+    monkeypatch.setattr(room, "find_spec", lambda name: None)
+    assert not room.recordable(config, gpu)
