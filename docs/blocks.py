@@ -88,9 +88,9 @@ def native(what: str, context: int, batch: int = 1, machine: str = EPYC) -> dict
     return row(result(what, machine)["rows"], context=context, batch=batch)["models"]
 
 
-def best(what: str) -> dict[tuple[str, str], dict[str, Any]]:
+def best(what: str, machine: str = EPYC) -> dict[tuple[str, str], dict[str, Any]]:
     """Rows of a comparison at each variant's best learning rate, by size and variant."""
-    rows = result(what, EPYC)["rows"]
+    rows = result(what, machine)["rows"]
     return {(r["size"], r["variant"]): r for r in rows if r["best_rate"]}
 
 
