@@ -38,7 +38,7 @@ if how == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 from pathlib import Path
 Path(folder).mkdir(exist_ok=True)
-record = {"name": Path(folder).name, "about": {"train": {}}, "bits_per_byte": 2.5}
+record = {"name": Path(folder).name, "about": {"train": {"steps": 10}}, "bits_per_byte": 2.5}
 record["hardware"] = {"cpu": "a", "threads": 1, "gpu": "none"}
 Path(folder, "compared.json").write_text(json.dumps(record))
 """
@@ -60,8 +60,7 @@ def tasks(tmp_path, monkeypatch):
     def make(*hows):
         folders = [tmp_path / "out" / f"{n}-{how}" for n, how in enumerate(hows)]
         runs = [Run(how, "1m", n, 1e-3) for n, how in enumerate(hows)]
-        about = {"train": {"steps": 10}}
-        wanted = [about if how == "waits" else {"train": {}} for how in hows]
+        wanted = [{"train": {"steps": 10}} for _ in hows]
         arguments = [json.dumps([str(f), how]) for f, how in zip(folders, hows, strict=True)]
         return [queue.Task(*x, CONFIG, argument) for *x, argument in zip(runs, folders, wanted, arguments, strict=True)]
 
@@ -144,7 +143,7 @@ def test_a_signal_at_any_time_ends_all_and_nothing_more_begins(number, tasks):
 def test_a_record_of_another_comparison_is_refused(tasks, refuses):
     (one,) = tasks("done")
     work([one])
-    with refuses("of another comparison (steps 1000, now 5); choose another `out`"):
+    with refuses("of another comparison (steps 10, now 5); choose another `out`"):
         work([one._replace(about={"train": {"steps": 5}})])
 
 
