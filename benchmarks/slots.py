@@ -4,8 +4,8 @@
     llamacpp-q8_0, …              `llama-server` with the Transformer twin of its size, if --llama-server names it
 
 All streams begin at once. Servers take turns, each alone on the machine, with as many slots as streams. Temperature 1,
-without top-k or top-p. The gate: each stream gives as many tokens as it was asked for. (The texts of
-our server are compared with those of the model alone by `bench serving --server`.)
+without top-k or top-p. The gate: each stream gives as many tokens as it was asked for. `bench serving --server`
+compares the texts of our server with those of the model alone.
 """
 
 import json
@@ -81,13 +81,16 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     at_least_one(options, "streams", "prompt", "tokens", "repeats")
     program = options.llama_server
     if program is not None and not program.is_file():
-        raise ValueError(f"--llama-server {program}: no such program; build it from llama.cpp's sources")
+        raise ValueError(f"--llama-server {program}: no such program; build it from the sources of llama.cpp")
     names = []
     for name in options.models:
         reason = models.missing(name, torch.device("cpu"))
         if name in models.LLAMACPP and not program:
             reason = reason or "--llama-server names no program"
-        say(f"without {name}: {reason}") if reason else names.append(name)
+        if reason:
+            say(f"without {name}: {reason}")
+        else:
+            names.append(name)
     tokenizer = http.library_tokenizer(options.vocab_size)
     torch.manual_seed(0)
     model = build(options.config).bfloat16().eval()
