@@ -85,12 +85,11 @@ def interleaved(
     rivals: dict[str, Any], length: int, dtype: torch.dtype, device: torch.device, options: Options
 ) -> dict[str, dict[str, Any]]:
     """Returns the best and the median repetition of every model, in tokens/s and as a fraction of the GEMM rate."""
-    gemm = machine.gemm_rate(device, dtype)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(options.vocab_size, (1, length), generator=generator).to(device)
     # hidden states without logits: only the last token of a prompt needs them
     runs = {name: reading(model, ids) for name, model in rivals.items()}
-    timed = clock.interleaved(runs, device, repeats=options.repeats, patience=options.patience)
+    timed, gemm = clock.beside_products(runs, device, dtype, repeats=options.repeats, patience=options.patience)
     results = {}
     for name, times in timed.items():
         config = rivals[name].config

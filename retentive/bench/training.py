@@ -157,10 +157,10 @@ def interleaved(
     # 1024 tokens are many chunks, and the recurrent form is slow
     models.check_forms(retnet.eval(), min(step.length, 1024))
     retnet.train()
-    gemm = machine.gemm_rate(device, models.PRECISIONS[step.precision])
-    runs = {name: trainer.run for name, trainer in trainers.items()}
+    runs, dtype = {name: trainer.run for name, trainer in trainers.items()}, models.PRECISIONS[step.precision]
+    timed, gemm = clock.beside_products(runs, device, dtype, repeats=repeats, patience=patience)
     results = {}
-    for name, times in clock.interleaved(runs, device, repeats=repeats, patience=patience).items():
+    for name, times in timed.items():
         model = trainers[name].model
         rate = step.batch * step.length / min(times)
         results[name] = {

@@ -60,6 +60,20 @@ def interleaved(
     return {name: taken or [first[name]] for name, taken in times.items()}
 
 
+def beside_products(
+    runs: Mapping[str, Callable[[], Any]], device: torch.device, dtype: torch.dtype, *, repeats: int, patience: float
+) -> tuple[dict[str, list[float]], float]:
+    """Returns what `interleaved` does, and the best rate of a large matrix product in FLOP/s.
+
+    The rate is measured in every turn: two cores of a cloud may be one core's two threads in one second and not in the
+    next, and then a rate of one moment says nothing of a run in another.
+    """
+    rates: list[float] = []
+    all_runs = {**runs, "": lambda: rates.append(machine.gemm_rate(device, dtype))}
+    times = interleaved(all_runs, device, repeats=repeats, patience=patience)
+    return {name: times[name] for name in runs}, max(rates)
+
+
 class Timed(NamedTuple):
     """Time of a run, and the speed of the machine's memory around it."""
 

@@ -25,6 +25,15 @@ def test_the_first_turn_counts_only_where_patience_ends(monkeypatch):
     assert times == {"quick": [1.0, 2.0], "slow": [70.0]} and taken == ["quick", "slow", "quick", "quick"]
 
 
+def test_the_rate_of_products_is_the_best_of_all_turns(monkeypatch):
+    rates, seconds = iter([5.0, 9.0, 7.0]), iter([8.0, 0.1, 2.0, 0.1, 1.0, 0.1])
+    monkeypatch.setattr(machine, "gemm_rate", lambda device, dtype: next(rates))
+    monkeypatch.setattr(machine, "clock", lambda device, run: run() or next(seconds))
+    done = []
+    found = clock.beside_products({"a": lambda: done.append("a")}, CPU, torch.float32, repeats=2, patience=60)
+    assert found == ({"a": [2.0, 1.0]}, 9.0) and done == ["a"] * 3
+
+
 def test_the_rate_of_a_run_is_the_mean_of_before_and_after(monkeypatch):
     rates, seconds = iter([1.0, 3.0, 5.0, 7.0, 9.0]), iter([1.0, 2.0, 0.5, 0.25])
     monkeypatch.setattr(machine, "read_rate", lambda numbers: next(rates))
