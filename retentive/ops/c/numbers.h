@@ -68,6 +68,16 @@ INLINE float from_half(half x) {
 #endif
 }
 
+/* converts `n` float32 to bfloat16 */
+INLINE void write_bf16(const float *from, i64 n, uint16_t *to) {
+    i64 j = 0;
+#ifdef __AVX512BF16__ /* takes what is below the least normal number for 0, and is else to_bf16 in one instruction */
+    for (; j + 16 <= n; j += 16)
+        _mm256_storeu_si256((__m256i *)(to + j), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + j)));
+#endif
+    for (; j < n; j++) to[j] = to_bf16(from[j]);
+}
+
 INLINE i64 size_of(i64 dtype) { return dtype == 0 ? 4 : 2; }
 INLINE const void *element(const void *p, i64 dtype, i64 i) { return (const char *)p + i * size_of(dtype); }
 
@@ -98,10 +108,8 @@ static inline void read_rows(i64 dtype, const void *from, i64 stride, i64 rows, 
 static inline void write_rows(i64 dtype, const float *from, i64 width, i64 rows, i64 n, void *to, i64 stride) {
     for (i64 i = 0; i < rows; i++, from += width) {
         if (dtype == 0) memcpy((float *)to + i * stride, from, n * 4);
-        else if (dtype == 1) {
-            uint16_t *y = (uint16_t *)to + i * stride;
-            for (i64 j = 0; j < n; j++) y[j] = to_bf16(from[j]);
-        } else {
+        else if (dtype == 1) write_bf16(from, n, (uint16_t *)to + i * stride);
+        else {
             half *y = (half *)to + i * stride;
             for (i64 j = 0; j < n; j++) y[j] = (half)from[j];
         }

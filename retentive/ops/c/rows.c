@@ -244,13 +244,18 @@ INLINE float sigmoid_of(float x) {
 
 /* both directions: the backward one if there is a gradient */
 void gated(const Gated *c) {
-    enum { PART = 1024 }; /* numbers that stay in the L1 cache */
+    enum { PART = 512 }; /* numbers at a time. Those of the next part arrive while this one is computed */
     i64 size = size_of(c->dtype);
     int swish = c->swish != 0;
 #pragma omp parallel for schedule(static) num_threads(threads_for(c->threads, c->numbers))
     for (i64 at = 0; at < c->numbers; at += PART) {
         float g[PART], x[PART], dy[PART];
-        i64 n = smaller(PART, c->numbers - at), begin = at * size;
+        i64 n = smaller(PART, c->numbers - at), begin = at * size, next = begin + PART * size;
+        for (i64 j = 0; j < PART * size; j += 64) {
+            __builtin_prefetch((const char *)c->g + next + j);
+            __builtin_prefetch((const char *)c->x + next + j);
+            if (c->dy) __builtin_prefetch((const char *)c->dy + next + j);
+        }
         read_row(c->dtype, (const char *)c->g + begin, n, g, n);
         read_row(c->dtype, (const char *)c->x + begin, n, x, n);
         if (!c->dy) {
