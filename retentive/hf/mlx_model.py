@@ -161,7 +161,7 @@ class Retention(nn.Module):
         return mx.array(fixed)[None, :, None]
 
     def __call__(self, x: mx.array, cache: Any = None) -> mx.array:
-        B, T, c = *x.shape[:2], self.c
+        (B, T), c = x.shape[:2], self.c
         valid = None if cache is None else cache.make_mask(T)
         state = None if cache is None else cache[0]
         first = mx.zeros((B,), mx.int32) if state is None else cache[1]
@@ -302,7 +302,7 @@ class Convolution(nn.Module):
         self.weight = mx.zeros((c["taps"], c["dim"]))  # last: of the token itself
 
     def __call__(self, x: mx.array, cache: Any = None) -> mx.array:
-        B, T, n = *x.shape[:2], self.c["taps"] - 1
+        (B, T), n = x.shape[:2], self.c["taps"] - 1
         valid = None if cache is None else cache.make_mask(T)
         rows = None if cache is None else cache[0]
         laid = mx.concatenate([mx.zeros((B, n, x.shape[2]), x.dtype) if rows is None else rows.astype(x.dtype), x], 1)
