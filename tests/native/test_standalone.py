@@ -420,3 +420,12 @@ def test_the_example_is_built_by_cmake_and_writes_what_torch_writes(tmp_path):
     want = b"Once" + bytes(token.id for token in tokens)
     command = [str(tmp_path / "build" / "write"), str(tmp_path / "model"), "-p", "Once", "-n", "20", "-t", "0"]
     assert subprocess.run(command, capture_output=True, check=True).stdout == want + b"\n"
+
+
+@pytest.mark.parametrize(
+    "file", ["retentive/native/CMakeLists.txt", "examples/phone/ios/Package.swift", "docs/native.md"]
+)
+def test_every_build_has_the_flags_of_the_compiled_library(file):
+    """-fPIC and the language are said in other words there."""
+    text = (HERE.parents[1] / file).read_text(encoding="utf-8")
+    assert [flag for flag in FLAGS if flag not in ("-fPIC", "-std=gnu11") and flag not in text] == []
