@@ -98,8 +98,7 @@ INLINE int in_tiles(i64 kind, i64 group, i64 rows) {
    those of a prompt, for which integers become bfloat16 where that is faster. */
 static Input input_for(const Input *all, const Matrix *m, i64 first, i64 rows, i64 prompt) {
     i64 most = round_up(m->K, MOST_GROUP_COLUMNS), at = first * (most / 16);
-    int tiles = m->kind == INT8 && in_tiles(INT8, m->group, 2 * TILE);
-    int expanded = HAVE_PAIRS && prompt && m->kind >= INT8 && !m->narrow && !tiles;
+    int expanded = HAVE_PAIRS && prompt && m->kind >= INT8 && !m->narrow;
     i64 kind = expanded ? BFLOAT16 : m->kind, group = expanded ? 0 : m->group, tiled = in_tiles(kind, group, rows);
     i64 width = tiled ? smaller(rows, TILE) : rows == 1 ? 1 : AT_ONCE;
     i64 digits = !group ? 0 : tiled ? 2 - m->narrow : m->narrow ? NARROW_DIGITS : WIDE_DIGITS;

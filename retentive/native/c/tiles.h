@@ -116,8 +116,8 @@ INLINE void group_in_tiles(int across, i64 tiles, const uint8_t *x, i64 other, i
     }
     _tile_stored(0, sums, LINE);
     if (across == 2) _tile_stored(1, sums + TILE * TILE, LINE);
-    _tile_stored(2, sums + 2 * TILE * TILE, LINE);
-    if (across == 2) _tile_stored(3, sums + 3 * TILE * TILE, LINE);
+    if (other) _tile_stored(2, sums + 2 * TILE * TILE, LINE);
+    if (other && across == 2) _tile_stored(3, sums + 3 * TILE * TILE, LINE);
 }
 
 typedef struct { /* what integers stand for, from a row and a panel on */
@@ -129,18 +129,22 @@ typedef struct { /* what integers stand for, from a row and a panel on */
 
 /* y [rows][16 a panel] += what the sums of group g stand for: of two digits of 16 rows, or of one of up to 32 */
 INLINE void add_group(int across, int digits, Stands s, i64 g, const int32_t *sums, i64 rows, float (*y)[2 * TILE]) {
+    vf of_rows[2], least[2];
     for (int n = 0; n < across; n++) {
         i64 of_group = (n * s.groups + g) * ROWS;
-        vf of_rows = scales_at(s.scales + of_group), least = s.minimums ? scales_at(s.minimums + of_group) : splat(0);
-        for (i64 r = 0; r < rows; r++) {
+        of_rows[n] = scales_at(s.scales + of_group);
+        least[n] = s.minimums ? scales_at(s.minimums + of_group) : splat(0);
+    }
+    for (i64 r = 0; r < rows; r++) {
+        float scale = s.scale[r * s.groups + g];
+        int32_t sum = s.sum[r * s.groups + g], less = (int32_t)s.zero * sum;
+        for (int n = 0; n < across; n++) {
             const int32_t *of_row = sums + (r / TILE * 2 + n) * TILE * TILE + r % TILE * TILE;
             vi exact = (vi)load((const float *)of_row);
             if (digits == 2) exact = (exact << 8) + (vi)load((const float *)(of_row + 2 * TILE * TILE));
-            exact -= (int32_t)s.zero * s.sum[r * s.groups + g];
-            vf scale = of_rows * splat(s.scale[r * s.groups + g]);
-            vf sum = load(y[r] + n * TILE) + __builtin_convertvector(exact, vf) * scale;
-            if (s.minimums) sum += least * splat(s.sum[r * s.groups + g] * s.scale[r * s.groups + g]);
-            store(y[r] + n * TILE, sum);
+            vf more = load(y[r] + n * TILE) + __builtin_convertvector(exact - less, vf) * (of_rows[n] * splat(scale));
+            if (s.minimums) more += least[n] * splat(sum * scale);
+            store(y[r] + n * TILE, more);
         }
     }
 }
