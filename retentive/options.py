@@ -21,6 +21,10 @@ KINDS: dict[type, str] = {
 }
 
 
+MANY = 12
+"""Names of which an error lists all."""
+
+
 def option(name: str, value: Any) -> str:
     """An option and its value in an error message: `name=value`."""
     if isinstance(value, Path):
@@ -56,10 +60,12 @@ def check_names(what: str, names: Collection[str], known: Collection[str]) -> No
 
 
 def known(names: Sequence[str], all_names: Collection[str], what: str) -> None:
-    """Raises ValueError for a name that is not among `all_names`, and if there is none."""
+    """Raises ValueError for a name that is not among `all_names`, with the nearest of many, and if there is none."""
     for name in names:
         if name not in all_names:
-            raise ValueError(f"unknown {what} {name!r}, expected one of {', '.join(all_names)}")
+            close = difflib.get_close_matches(name, all_names, 1) if len(all_names) > MANY else []
+            hint = f": did you mean {close[0]}?" if close else f", expected one of {', '.join(all_names)}"
+            raise ValueError(f"unknown {what} {name!r}{hint}")
     if not names:
         raise ValueError(f"no {what} given, expected one of {', '.join(all_names)}")
 

@@ -79,7 +79,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         ValueError: a precision or model is unknown.
     """
     known([options.precision], models.PRECISIONS, "precision")
-    known([options.state_precision], STATES, "state_precision")
+    known([options.state_precision], STATES, "`state_precision`")
     cpu, dtype = torch.device("cpu"), models.PRECISIONS[options.precision]
     names = models.chosen(options.models, MODELS, cpu, say)
     model, *others = (models.make(name, models.config_of(name, options.config), cpu, dtype) for name in names)

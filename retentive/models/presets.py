@@ -39,7 +39,7 @@ ATTENTION = {
 """Fields of the twin's attention: their names there, and their types."""
 HYBRID: dict[str, Any] = {
     "attention": tuple[int, ...],
-    "attention_every": int,
+    "attention_every": int | None,
     "attention_window": int | None,
     "attention_sinks": int,
     "attention_rotary": str,
@@ -319,7 +319,7 @@ def mixed(
     config: ModelConfig,
     *,
     attention: Sequence[int] | None = None,
-    attention_every: int = 0,
+    attention_every: int | None = None,
     attention_window: int | None = 256,
     attention_sinks: int = 0,
     attention_rotary: str = "half",
@@ -348,9 +348,9 @@ def mixed(
         ValueError: an index does not exist, all blocks would be of one kind, or an invalid value.
     """
     layers, block = config.layers, config.blocks[0]
-    if attention is not None and attention_every:
+    if attention is not None and attention_every is not None:
         raise ValueError(f"attention names the blocks, attention_every={attention_every} counts them: give one")
-    every = attention_every or 2
+    every = 2 if attention_every is None else attention_every
     if attention is None and not 2 <= every <= layers:
         raise ValueError(
             f"attention_every must be from 2 to layers, {layers}, for blocks of both kinds to be there, got {every}"
@@ -358,7 +358,7 @@ def mixed(
     places = set(range(every - 1, layers, every) if attention is None else attention)
     if not places or not places <= set(range(layers)) or len(places) == layers:
         raise ValueError(
-            f"attention must name some of the blocks 0 to {layers - 1}, and leave one, got {sorted(places)}"
+            f"attention must name at least one of the blocks 0 to {layers - 1}, but not all, got {sorted(places)}"
         )
     mixer = config.all_retention("a hybrid")
     attends = _twin_block(block, config.norm_eps)

@@ -52,7 +52,7 @@ class Options:
         for name in ("slots", "queue", "max_tokens", "max_prompt", "timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{option(name, getattr(self, name))}: must be above 0")
-        known([self.state_precision], ("fp32", "bf16", "int8"), "state_precision")
+        known([self.state_precision], ("fp32", "bf16", "int8"), "`state_precision`")
         for name in ("cache", "sessions", "media", "most_media"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{option(name, getattr(self, name))}: must be at least 0")

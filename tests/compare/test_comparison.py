@@ -108,6 +108,7 @@ def test_with_tune_what_diverged_at_all_rates_is_not_tried_again(comparison, tra
     ("changes", "words"),
     [
         (dict(variants=("retnet", "gpt")), "unknown variant 'gpt', expected one of retnet"),
+        (dict(variants=("retnett",)), "unknown variant 'retnett': did you mean retnet?"),
         (dict(variants=()), "no variant given"),
         (dict(seeds=()), "`seeds` is empty: nothing to compare"),
         (dict(sizes=("1m", "1m")), "`sizes=('1m', '1m')`: a value is given twice"),

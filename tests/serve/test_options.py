@@ -10,7 +10,7 @@ def test_options_that_make_no_sense(refuses, tmp_path):
         (dict(slots=0), "`slots=0`: must be above 0"),
         (dict(max_prompt=-1), "`max_prompt=-1`: must be above 0"),
         (dict(timeout=float("nan")), "`timeout=nan`: must be above 0"),
-        (dict(state_precision="int4"), "unknown state_precision 'int4'"),
+        (dict(state_precision="int4"), "unknown `state_precision` 'int4'"),
         (dict(cache=-1), "`cache=-1`: must be at least 0"),
         (dict(cors=("junk",)), "`cors='junk'`: expected * or an origin without path, https://example.org"),
         (dict(cors=("https://example.org/",)), "`cors='https://example.org/'`: expected * or an origin without path"),
