@@ -12,8 +12,8 @@ A row holds everything that its answers need. Each training step has rows of one
 larger ones join one after another. Attention that gets all numbers at once does not learn to look up keys. From four
 pairs it learns this in some thousand steps. Accuracy is measured for each n.
 
-Sources: Arora et al., Zoology, arXiv 2312.04927, whose queries lie further apart; Jelassi et al., Repeat After Me,
-arXiv 2402.01032.
+Sources: Arora et al., Zoology, arXiv 2312.04927 (its queries lie farther from their pairs); Jelassi et al., Repeat After
+Me, arXiv 2402.01032.
 """
 
 import json
@@ -153,7 +153,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     known([options.task], TASKS, "task")
     at_least_one(options, "pairs", "dims", "steps", "tokens")
     if not options.lrs:
-        raise ValueError("lrs has no learning rate: give one or more")
+        raise ValueError("--lrs has no learning rate: give one or more")
     if options.task == "pairs" and max(pairs) > KEYS:
         raise ValueError(f"there are {KEYS} keys, too few for {max(pairs)} pairs")
     trained = {"pairs": list(pairs), "steps": steps, "tokens_per_step": options.tokens, "growing": GROWING}

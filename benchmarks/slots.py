@@ -4,7 +4,7 @@
     llamacpp-q8_0, …              `llama-server` with the Transformer twin of its size, if --llama-server names it
 
 All streams begin at once. Servers take turns, each alone on the machine, with as many slots as streams. Temperature 1,
-without top-k or top-p. The gate: each stream gives as many tokens as it was asked for. `bench serving --server`
+without top-k or top-p. The bench fails if a stream gives fewer tokens than it was asked for. `bench serving --server`
 compares the texts of our server with those of the model alone.
 """
 
@@ -177,7 +177,7 @@ def timed(starting: Server, texts: Sequence[list[int]], tokens: int, end: int) -
 
 
 def request(ids: list[int], tokens: int, seed: int, end: int) -> bytes:
-    """Returns the request of a stream that does not end early, in words that both servers know."""
+    """Returns the request of a stream that does not end early, in fields that both servers accept."""
     body: dict[str, Any] = {"prompt": ids, "max_tokens": tokens, "seed": seed, "stream": True}
     body |= {"stream_options": {"include_usage": True}, "temperature": 1.0}
     # OpenAI's field and llama.cpp's own, which forbids all tokens that end a text

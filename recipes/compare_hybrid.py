@@ -1,15 +1,16 @@
-"""The hybrid beside RetNets and the best Transformer twins, at 1m, four seeds, on three texts.
+r"""The hybrid beside RetNets and the best Transformer twins, at 1m, four seeds, on three texts.
 
     retentive compare --recipe recipes/compare_hybrid.py           (novels: the data of recipes/compare_sizes.py)
     retentive demo --minutes 0.1                                   (which packs the source of Python's own library)
     retentive compare --recipe recipes/compare_hybrid.py --data runs/demo-data --out runs/compare-hybrid-library
-    paste -d '\\n' train.en train.ja > pairs/train.txt              (sentence pairs of recipes/translate.py)
+    paste -d '\n' train.en train.ja > pairs/train.txt               (sentence pairs of recipes/translate.py)
+    paste -d '\n' valid.en valid.ja > pairs/valid.txt
     retentive data pairs/train.txt --valid pairs/valid.txt --out data/pairs
     retentive compare --recipe recipes/compare_hybrid.py --data data/pairs --steps 250 --out runs/compare-hybrid-pairs
 
 4.1 M tokens per run; the pairs are few, so `--steps 250` makes it 2 M there. The first seed tries all learning rates,
-the others take its best. With the results of recipes/compare_twins.py and compare_library.py as --earlier, the RetNet
-and most twins are already done on novels and, with seeds 10 to 13, on source.
+the others take its best. --earlier takes finished runs of other results: recipes/compare_twins.py has the RetNet and
+most twins on novels (seeds 0 to 2), recipes/compare_library.py on source (seeds 10 to 13).
 """
 
 import runpy

@@ -1,10 +1,10 @@
-"""Parts of the hybrid: one changed at a time, at 1m, on two texts, at the learning rate that is its best.
+"""Parts of the hybrid: one changed at a time, at 1m, on two texts, at the hybrid's best learning rate.
 
     retentive compare --recipe recipes/compare_hybrid_parts.py        (novels: the data of recipes/compare_sizes.py)
     retentive demo --minutes 0.1                                      (which packs the source of Python's own library)
     retentive compare --recipe recipes/compare_hybrid_parts.py --data runs/demo-data --out runs/hybrid-parts-library
 
-2 M tokens per run, two seeds: small differences say nothing. The intervals of the table tell which are small.
+2 M tokens per run, two seeds. Ignore differences below the interval.
 """
 
 import runpy

@@ -1,4 +1,4 @@
-"""Longer training, to test if faster learning also ends better: one run each of 20.5 M tokens at 5m, 1.5 epochs.
+"""Does the lead last with five times as many tokens? One run each of 20.5 M tokens at 5m, 1.5 epochs.
 
 retentive compare --recipe recipes/compare_long.py        (on the data of recipes/compare_sizes.py)
 """
