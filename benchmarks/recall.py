@@ -12,8 +12,8 @@ A row holds everything that its answers need. Each training step has rows of one
 larger ones join one after another. Attention that gets all numbers at once does not learn to look up keys. From four
 pairs it learns this in some thousand steps. Accuracy is measured for each n.
 
-Sources: Arora et al., Zoology, arXiv 2312.04927 (its queries lie farther from their pairs); Jelassi et al., Repeat After
-Me, arXiv 2402.01032.
+Sources: Arora et al., Zoology, arXiv 2312.04927 (its queries lie farther from their pairs); Jelassi et al., Repeat
+After Me, arXiv 2402.01032.
 """
 
 import json

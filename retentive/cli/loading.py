@@ -43,7 +43,7 @@ class LoadingPlain(Limits):
     device: str = "cpu"
     """Device: cpu, cuda, mps, or auto."""
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
-    """Dtype of the weights; the state stays float32 in all of them. Read a memory file in the dtype it was written in."""
+    """Dtype of the weights; the state stays float32. Read a memory file in the dtype it was written in."""
     weights: Weights = "stored"
     """Quantise while loading; `retentive quantize` does it once and writes a folder."""
     engine: Literal["auto", "native", "torch"] = "auto"
