@@ -2,10 +2,12 @@
 
 A second thread nearly halves the time of a large model's token. A small model's token is finished before a second
 thread wakes up. Next to another busy program, threads wait for each other. So each kind of call is timed with each
-number of threads. The fastest is kept, and its neighbours are tried again from time to time.
+number of threads. The fastest is kept, and its neighbours are tried again from time to time, for at most a twentieth
+of the time.
 """
 
 import ctypes
+import math
 import os
 import sys
 import threading
@@ -22,19 +24,23 @@ from retentive.native.library import library
 class Pace:
     """Finds the fastest number of threads, of 1, 2, 4, … most, for calls of about the same work."""
 
-    TRIES = 3
-    """Calls whose mean time rates a number of threads."""
+    TRIES, LONG = 3, 0.1
+    """Calls whose mean time rates a number of threads; seconds of calls after which fewer do."""
+    SHARE = 0.05
+    """Largest share of the time for trying other numbers: a long prompt with half the threads takes twice as long."""
     SOON, SELDOM = 0.02, 1.0
     """Seconds until other numbers are tried again: after the fastest has changed, and while it stays the same."""
-    EQUAL = 1.05
-    """Relative time up to which fewer threads count as equally fast."""
+    EQUAL, MUCH = 1.05, 1.5
+    """Relative time up to which fewer threads count as equally fast; beyond which still fewer are not tried."""
 
     def __init__(self, most: int):
         self.numbers = [n for n in (1, 2, 4, 8, 16, 32) if n < most] + [most]
-        self.seconds = dict.fromkeys(self.numbers, 0.0)
-        """Recent seconds of a call, by number of threads."""
+        self.seconds = dict.fromkeys(self.numbers, math.inf)
+        """Recent seconds of a call, by number of threads; inf: never tried."""
         self.best, self.tried = most, list(self.numbers)
         self.times: list[float] = []
+        self.spent, self.spent_now = 0.0, 0.0
+        """Seconds spent on trying since the last decision, and on the number that is tried now."""
         self.wait, self.changed, self.again = self.SOON, 0.0, 0.0
 
     def threads(self, now: float) -> int:
@@ -44,8 +50,8 @@ class Pace:
             self.tried, self.times = [n for n in self.numbers[max(at - 1, 0) : at + 2] if n != self.best], []
         return self.tried[-1] if self.tried else self.best
 
-    def note(self, threads: int, seconds: float, now: float) -> None:
-        """Record the seconds of a call with `threads` threads."""
+    def note(self, threads: int, seconds: float, now: float, took: float = 0.0) -> None:
+        """Record a call with `threads` threads: its seconds for equal work, and those that it took."""
         if not self.tried:
             self.seconds[threads] += (seconds - self.seconds[threads]) / 4
             if self._fastest() != self.best:  # for example, another busy program has started
@@ -54,12 +60,18 @@ class Pace:
                 self.best, self.changed, self.again = self._fastest(), now, now + self.wait
             return
         self.times.append(seconds)
-        if len(self.times) < self.TRIES:
+        self.spent_now += took
+        if len(self.times) < self.TRIES and self.spent_now < self.LONG:
             return
-        self.seconds[self.tried.pop()], self.times = sum(self.times) / self.TRIES, []
+        tried, mean = self.tried.pop(), sum(self.times) / len(self.times)
+        if mean > self.MUCH * min(self.seconds.values()) and tried < self.best:
+            self.tried = [n for n in self.tried if n > tried]  # still fewer would be slower yet
+        self.seconds[tried], self.times = mean, []
+        self.spent, self.spent_now = self.spent + self.spent_now, 0.0
         if not self.tried:
             stays = self._fastest() == self.best
-            self.best, self.again = self._fastest(), now + (self.SELDOM if stays else self.wait)
+            pause = max(self.SELDOM if stays else self.wait, self.spent / self.SHARE)
+            self.best, self.again, self.spent = self._fastest(), now + pause, 0.0
 
     def _fastest(self) -> int:
         least = min(self.seconds.values())
@@ -103,7 +115,8 @@ class Threads:
             asked = pace.threads(began)
             call.pool, call.threads = self._pool, asked  # fewer work if the system gave the pool fewer
             failed = function(ctypes.byref(call))
-            pace.note(asked, (time.perf_counter() - began) / tokens, began)
+            took = time.perf_counter() - began
+            pace.note(asked, took / tokens, began, took)
         if failed:
             raise MemoryError("the native engine found no memory for its work space")
 

@@ -49,6 +49,28 @@ def test_a_core_is_left_to_a_neighbour_while_there_is_one():
     assert share(chosen(pace, seconds, 12.0, calls=1000)[100:], 2) > 0.9
 
 
+def long_prompts(cores, calls):
+    """Numbers of threads, and seconds in all, of prompts read one after the other, 8 s each with one thread."""
+    pace, now, found = Pace(cores), 0.0, []
+    for _ in range(calls):
+        found.append(pace.threads(now))
+        took = 8 / found[-1]
+        pace.note(found[-1], took / 2048, now, took)
+        now += took
+    return found, now
+
+
+def test_long_calls_are_tried_seldom():
+    """Without a bound, three of five prompts would be read with half the threads, for ever."""
+    found, seconds = long_prompts(2, 200)
+    assert found[:2] == [2, 1] and share(found[2:], 2) > 0.95 and seconds < 1.06 * 200 * 4
+
+
+def test_of_long_calls_no_number_is_tried_that_is_far_too_small():
+    found, _ = long_prompts(16, 100)
+    assert set(found) == {16, 8} and share(found, 16) > 0.9
+
+
 def test_a_single_stall_is_forgotten_soon():
     pace = Pace(2)
     found = chosen(pace, lambda threads, now: 50.0 if now == 2.0 else 1 / threads, 0.0)
