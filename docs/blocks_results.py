@@ -209,12 +209,13 @@ def changes() -> str:
 
 def longer() -> str:
     """Bits per byte in a longer run: on the part of the held-out text that is scored meanwhile, and on all of it."""
-    runs = {each["variant"]: each for each in result("compare-long", EPYC)["runs"]}
-    curves = {name: dict(runs[name]["curve"]) for name in VARIANTS if name in runs}
+    runs = {each["variant"]: each for each in result("compare-long-hybrid", "xeon-amx-2core_202612")["runs"]}
+    names = {"hybrid": "hybrid", "transformer-qk-norm-forget": "twin with QK-norm and a forget gate"} | VARIANTS
+    curves = {name: dict(runs[name]["curve"]) for name in names if name in runs}
     marks = list(curves["retnet"])[1::2]
     lines = [f"{millions(n)} | " + " | ".join(f"{curve[n]:.3f}" for curve in curves.values()) for n in marks]
     whole = " | ".join(f"{runs[name]['bits_per_byte']:.3f}" for name in curves)
-    head = "tokens, bits per byte | " + " | ".join(VARIANTS[name] for name in curves)
+    head = "tokens, bits per byte | " + " | ".join(names[name] for name in curves)
     return table(head, *lines, f"{millions(marks[-1])}, all held-out text | {whole}")
 
 
