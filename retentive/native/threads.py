@@ -41,7 +41,7 @@ class Pace:
         self.times: list[float] = []
         self.spent, self.spent_now = 0.0, 0.0
         """Seconds spent on trying since the last decision, and on the number that is tried now."""
-        self.wait, self.changed, self.again = self.SOON, 0.0, 0.0
+        self.wait, self.changed, self.again, self.cold = self.SOON, 0.0, 0.0, True
 
     def threads(self, now: float) -> int:
         """Number of threads for the next call."""
@@ -52,6 +52,9 @@ class Pace:
 
     def note(self, threads: int, seconds: float, now: float, took: float = 0.0) -> None:
         """Record a call with `threads` threads: its seconds for equal work, and those that it took."""
+        if self.cold:  # the first call also makes its work space, and wakes the threads for the first time
+            self.cold = False
+            return
         if not self.tried:
             self.seconds[threads] += (seconds - self.seconds[threads]) / 4
             if self._fastest() != self.best:  # for example, another busy program has started
