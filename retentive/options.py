@@ -63,7 +63,7 @@ def known(names: Sequence[str], all_names: Collection[str], what: str) -> None:
     """Raises ValueError for a name that is not among `all_names`, with the nearest of many, and if there is none."""
     for name in names:
         if name not in all_names:
-            close = difflib.get_close_matches(name, all_names, 1) if len(all_names) > MANY else []
+            close = difflib.get_close_matches(name, all_names, 1, cutoff=0.75) if len(all_names) > MANY else []
             hint = f": did you mean {close[0]}?" if close else f", expected one of {', '.join(all_names)}"
             raise ValueError(f"unknown {what} {name!r}{hint}")
     if not names:
