@@ -22,7 +22,7 @@ KINDS: dict[type, str] = {
 
 
 MANY = 12
-"""Names of which an error lists all."""
+"""Most names that an error lists, if one of them is close to what was given."""
 
 
 def option(name: str, value: Any) -> str:

@@ -25,13 +25,13 @@ class Pace:
     """Finds the fastest number of threads, of 1, 2, 4, … most, for calls of about the same work."""
 
     TRIES, LONG = 3, 0.1
-    """Calls whose mean time rates a number of threads; seconds of calls after which fewer do."""
+    """Calls whose mean time rates a number of threads; seconds of calls after which fewer calls are enough."""
     SHARE = 0.05
     """Largest share of the time for trying other numbers: a long prompt with half the threads takes twice as long."""
     SOON, SELDOM = 0.02, 1.0
     """Seconds until other numbers are tried again: after the fastest has changed, and while it stays the same."""
     EQUAL, MUCH = 1.05, 1.5
-    """Relative time up to which fewer threads count as equally fast; beyond which still fewer are not tried."""
+    """Relative time up to which fewer threads count as equally fast, and beyond which even fewer are not tried."""
 
     def __init__(self, most: int):
         self.numbers = [n for n in (1, 2, 4, 8, 16, 32) if n < most] + [most]
@@ -68,7 +68,7 @@ class Pace:
             return
         tried, mean = self.tried.pop(), sum(self.times) / len(self.times)
         if mean > self.MUCH * min(self.seconds.values()) and tried < self.best:
-            self.tried = [n for n in self.tried if n > tried]  # still fewer would be slower yet
+            self.tried = [n for n in self.tried if n > tried]  # even fewer would be slower
         self.seconds[tried], self.times = mean, []
         self.spent, self.spent_now = self.spent + self.spent_now, 0.0
         if not self.tried:

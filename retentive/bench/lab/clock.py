@@ -65,8 +65,8 @@ def beside_products(
 ) -> tuple[dict[str, list[float]], float]:
     """Returns what `interleaved` does, and the best rate of a large matrix product in FLOP/s.
 
-    The rate is measured in every turn: two cores of a cloud may be one core's two threads in one second and not in the
-    next, and then a rate of one moment says nothing of a run in another.
+    The rate is measured in every turn. Two cores of a cloud machine may be two threads of one core, and a second later
+    not, so a rate from one moment cannot be compared with a run in another.
     """
     rates: list[float] = []
     all_runs = {**runs, "": lambda: rates.append(machine.gemm_rate(device, dtype))}

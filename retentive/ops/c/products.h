@@ -43,12 +43,7 @@ enum {
 
 /* pairs up neighbours of one row: [cols] -> units [cols / 2]; cols is a multiple of LANES */
 INLINE void pair_row(const float *x, i64 cols, float *to) {
-#ifdef __AVX512BF16__
-    for (i64 j = 0; j < cols; j += 16)
-        _mm256_storeu_si256((__m256i *)(to + j / 2), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + j)));
-#else
-    for (i64 j = 0; j < cols; j++) ((uint16_t *)to)[j] = to_bf16(x[j]);
-#endif
+    write_bf16(x, cols, (uint16_t *)to);
 }
 
 /* pairs up two rows element by element: 2 x [n] -> units [n] */
