@@ -297,23 +297,23 @@ class Engine:
             logits = self.decoder.decode(torch.tensor(ids), self.pool)
             # more torch threads would keep spinning when the model's own threads want the cores
             with threads_for(OPERATIONS * logits.numel()):
-                tokens, logprobs, failed = self._pick(logits)
+                tokens, norms, failed = self._pick(logits)
         except Exception as error:  # of the model: the pool, written in place, may be inconsistent, so all requests end
             for request in self.running:
                 self._end(request, "error", error)
             self.running, self.pool = [], None
             return
-        chosen = logprobs.gather(1, torch.tensor(tokens)[:, None]).squeeze(1).tolist()
+        chosen = (logits.gather(1, torch.tensor(tokens)[:, None]) - norms).squeeze(1).tolist()
         for row in reversed(range(n)):  # from the end, because the last row replaces one that leaves
             try:
                 if row in failed:
                     raise failed[row]
-                self._take(row, tokens[row], chosen[row], logprobs)
+                self._take(row, tokens[row], chosen[row], logits[row], norms[row])
             except Exception as error:  # of its constraint
                 self._leave(row, "error", error)
 
     def _pick(self, logits: Tensor) -> tuple[list[int], Tensor, dict[int, Exception]]:
-        """Pick a token for each row; returns (tokens, log probabilities `[n, vocab]`, errors by row).
+        """Pick a token for each row; returns (tokens, norms as by `pick`, errors by row).
 
         Errors wait until all tokens are picked: a row that left now would shift the other rows against their logits.
         """
@@ -330,8 +330,8 @@ class Engine:
                 failed[row] = error
         return *pick(logits, [r.sampler for r in self.running], masks), failed
 
-    def _take(self, row: int, token: int, logprob: float, logprobs: Tensor) -> None:
-        """Deliver the token to the request at `row`, which leaves after its last token."""
+    def _take(self, row: int, token: int, logprob: float, logits: Tensor, norm: Tensor) -> None:
+        """Deliver the token, picked from logits `[vocab]`, to the request at `row`, which leaves after its last."""
         request = self.running[row]
         request.made.append(token)
         if token in request.stop_ids:
@@ -339,7 +339,8 @@ class Engine:
             return
         if request.constraint:
             request.constraint.accept(token)
-        top = top_logprobs(logprobs[row : row + 1], request.returns.top)[0] if request.returns.top else ()
+        count = request.returns.top
+        top = top_logprobs((logits - norm)[None], count)[0] if count else ()
         self._deliver(request.stream, Token(token, logprob, top))
         self.counts["tokens"] += 1
         if request.constraint and request.constraint.complete:

@@ -50,8 +50,8 @@ class Sampler:
     def __call__(self, logits: Tensor, allowed: Sequence[int] | None = None) -> tuple[int, float]:
         """Samples from logits `[vocab]`, of `allowed` tokens; returns (token, log probability before filters)."""
         check_finite(logits)
-        tokens, logprobs = pick(logits[None], [self], [allowed])
-        return tokens[0], float(logprobs[0, tokens[0]])
+        tokens, norms = pick(logits[None], [self], [allowed])
+        return tokens[0], float(logits[tokens[0]].float().cpu() - norms[0])
 
     def uniform(self) -> Tensor:
         """Returns the generator's next number, `[1]` in [0, 1), float64: 24 bits are too few for rare tokens."""
@@ -74,9 +74,10 @@ class Sampler:
         """Returns logits `[vocab]` after penalty and bias, minus infinity where not allowed."""
         if self.seen is not None:
             penalty = min(max(self.params.repetition_penalty, 1e-30), 1e30)  # beyond, float32 gives 0 / 0 or 0 * inf
+            ids = self.seen.nonzero().squeeze(1)
+            seen = logits[ids]
             # dividing a negative logit would make the token likelier
-            penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-            logits = torch.where(self.seen, penalised, logits)
+            logits = logits.index_copy(0, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
         if self.params.bias:
             ids = torch.tensor(list(self.params.bias))
             logits = logits.index_add(0, ids, torch.tensor(list(self.params.bias.values()), dtype=logits.dtype))
@@ -93,31 +94,35 @@ class Sampler:
 def pick(
     logits: Tensor, samplers: Sequence[Sampler], allowed: Sequence[Sequence[int] | Tensor | None] | None = None
 ) -> tuple[list[int], Tensor]:
-    """Samples one token for each row of logits `[n, vocab]`; also returns the model's log probabilities `[n, vocab]`.
+    """Samples one token for each row of logits `[n, vocab]`.
+
+    Returns:
+        The tokens, and norms `[n,1]`: a logit minus its row's norm is the model's log probability of that token, before
+        temperature, filters and penalty.
 
     Args:
         allowed: for each row the tokens that may be sampled, as ids or bool `[vocab]`; None for all.
     """
     logits = logits.float().cpu()
-    logprobs = logits.log_softmax(-1)  # the model's own, before any adjustment
-    allowed = allowed or [None] * len(samplers)
-    rows = [  # `adjusted` copies the row, so call it only if something changes
-        s.adjusted(row, a) if s.seen is not None or s.params.bias or a is not None else row
-        for s, row, a in zip(samplers, logits, allowed, strict=True)
-    ]
-    tokens = [0] * len(samplers)
+    most = logits.amax(-1, keepdim=True)
+    weights, rows = (logits - most).exp_(), logits
+    norms = most + weights.sum(-1, keepdim=True).log()
+    for n, (sampler, few) in enumerate(zip(samplers, allowed or [None] * len(samplers), strict=True)):
+        if sampler.seen is not None or sampler.params.bias or few is not None:
+            rows = rows.clone() if rows is logits else rows
+            rows[n] = sampler.adjusted(logits[n], few)
     drawn = [n for n, s in enumerate(samplers) if s.params.temperature > 0]
-    for n in set(range(len(samplers))) - set(drawn):
-        tokens[n] = int(rows[n].argmax())
+    tokens = rows.argmax(-1) if len(drawn) < len(samplers) else torch.empty(len(samplers), dtype=torch.long)
     if drawn:
+        if rows is not logits or any(changes(samplers[n].params) for n in drawn):
+            del weights  # whose memory is taken again: new memory costs more than the arithmetic
+            weights = weights_of(rows, [s.params for s in samplers])
         # one search for all rows, but each u from its own generator, so that batching changes nothing
-        weights = torch.stack([filtered(rows[n], samplers[n].params) for n in drawn])
         u = torch.cat([samplers[n].uniform() for n in drawn])
-        for n, token in zip(drawn, draw(weights, u).tolist(), strict=True):
-            tokens[n] = token
-    for sampler, token in zip(samplers, tokens, strict=True):
+        tokens[drawn] = draw(weights if len(drawn) == len(samplers) else weights[drawn], u)
+    for sampler, token in zip(samplers, tokens.tolist(), strict=True):
         sampler.note(token)
-    return tokens, logprobs
+    return tokens.tolist(), norms
 
 
 def top_logprobs(logprobs: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
@@ -139,7 +144,9 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
     """
     # float32 would round away the tail of a large vocabulary. Blocks are summed first, since a running sum over all
     # tokens takes longer than everything else done to the logits.
-    blocks = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    if missing := -weights.shape[-1] % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, missing))
+    blocks = weights.unflatten(-1, (-1, BLOCK))
     sums = blocks.sum(-1, dtype=torch.float64)
     block, rest = _first_above(sums, u * sums.sum(-1))
     token, _ = _first_above(blocks[torch.arange(len(weights)), block].double(), rest)
@@ -158,31 +165,51 @@ def _first_above(parts: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
     return found, goal - before
 
 
-def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Returns weights `[vocab]` proportional to the probabilities after temperature, top-k, top-p and min-p.
+def narrows(params: SamplingParams) -> bool:
+    """True if top-k, top-p or min-p may leave tokens out."""
+    return bool(params.top_k or params.top_p < 1 or params.min_p)
+
+
+def changes(params: SamplingParams) -> bool:
+    """True if tokens are drawn by other probabilities than the model's."""
+    return params.temperature != 1 or narrows(params)
+
+
+def weights_of(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Returns weights `[n, vocab]` proportional to the probabilities after temperature, top-k, top-p and min-p.
 
     The likeliest token always stays. Among equally likely ones at the border, the first are kept.
     """
-    temperature = min(max(params.temperature, 1e-6), 1e30)  # beyond, float32 gives 0 / 0 or -inf / inf
-    scaled = (logits - logits.max()) / temperature  # the largest is 0, so no exponential overflows
-    p = scaled.softmax(-1)
-    count = min(params.top_k or len(p), len(p))
-    if params.top_p < 1:
-        count = nucleus(scaled, p, count, params.top_p)
-    if count < len(p):  # a threshold, since sorting a whole vocabulary takes far longer
-        least = scaled.topk(count, sorted=False).values.min()
-        above = scaled > least
-        equal = (scaled == least).nonzero().squeeze(1)[: count - int(above.sum())]
-        p = p * above.index_fill(0, equal, True)
+    # beyond these limits, float32 gives 0 / 0 or -inf / inf
+    temperatures = torch.tensor([[min(max(p.temperature, 1e-6), 1e30)] for p in params])
+    # no exponential exceeds 1
+    weights = (logits - logits.amax(-1, keepdim=True)).div_(temperatures).exp_()
+    for row, p, of_row in zip(logits, params, weights, strict=True):
+        if narrows(p) and p.temperature > 0:
+            of_row.copy_(narrowed(row, of_row, p))
+    return weights
+
+
+def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
+    """`weights_of` a single row `[vocab]`."""
+    return weights_of(logits[None], [params])[0]
+
+
+def narrowed(logits: Tensor, weights: Tensor, params: SamplingParams) -> Tensor:
+    """Returns the weights `[vocab]`, 0 for tokens that top-k, top-p (arXiv 1904.09751) or min-p leaves out."""
+    k = params.top_k if params.top_k < len(logits) else 0
+    if k or params.top_p < 1:
+        # A whole vocabulary takes long to sort. Tokens below the bound of top-p have less than 1 - top_p together;
+        # a tenth is left for rounding.
+        bound = 0.9 * (1 - params.top_p) * weights.sum() / len(weights)
+        some = logits >= logits.topk(k, sorted=False).values.min() if k else weights >= bound
+        ids = some.nonzero().squeeze(1)
+        ids = ids[logits[ids].argsort(descending=True, stable=True)][: k or None]
+        if params.top_p < 1:
+            sums = weights[ids].cumsum(-1)
+            goal = params.top_p * (sums[-1] if k else weights.sum())
+            ids = ids[: 1 + int((sums < goal).sum())]  # includes the token that crosses the sum
+        weights = torch.zeros_like(weights).index_copy_(0, ids, weights[ids])
     if params.min_p:
-        p = p * (p >= params.min_p * p.max())
-    return p
-
-
-def nucleus(scaled: Tensor, p: Tensor, count: int, top_p: float) -> int:
-    """Returns how many of the `count` likeliest tokens make up `top_p` of them (nucleus, arXiv 1904.09751)."""
-    goal = top_p * (p if count == len(p) else p[scaled.topk(count, sorted=False).indices]).sum()
-    sums = p[scaled.topk(min(256, count)).indices].cumsum(-1)
-    if sums[-1] < goal and count > 256:  # rarely needed, and sorting all takes much longer
-        sums = p[scaled.argsort(descending=True)[:count]].cumsum(-1)
-    return min(1 + int((sums < goal).sum()), count)  # includes the token that crosses the sum
+        weights = weights * (weights >= params.min_p * weights.max())
+    return weights
