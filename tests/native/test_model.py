@@ -266,7 +266,7 @@ def test_states_of_fewer_bits_give_what_they_give_in_torch(each, narrow, threads
     rings = [m.value.state.dtype for m in state.memories if m.kind == "retention"]
     assert rings == [narrow] * len(rings)
     steps = 1e-3 if narrow == torch.bfloat16 else 1e-2  # numbers that are rounded to the other neighbour
-    same(got, want, steps / 10)
+    same(got, want, steps / 2)  # where windows of attention follow; a tenth without
     same(named(state), named(other), steps)
 
 

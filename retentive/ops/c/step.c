@@ -109,14 +109,14 @@ static void read_narrow(i64 dtype, const char *restrict at, i64 V, float *restri
     for (i64 j = V; j < wide; j++) row[j] = 0;
 }
 
-/* and back; what is not finite spoils its row by the scale */
-static void write_narrow(i64 dtype, const float *restrict row, i64 V, char *restrict at) {
+/* and back, from a row [wide, of whole panels] with zeros after V; what is not finite spoils its row by the scale */
+static void write_narrow(i64 dtype, const float *restrict row, i64 V, i64 wide, char *restrict at) {
     int32_t bits = 0; /* of the largest size: such a maximum is one of vectors, unlike that of floats */
     if (dtype != BYTES) {
         write_rows(dtype, row, V, 1, V, at, V);
         return;
     }
-    for (i64 j = 0; j < V; j++) {
+    for (i64 j = 0; j < wide; j++) {
         int32_t size;
         memcpy(&size, row + j, 4), size &= INT32_MAX;
         bits = size > bits ? size : bits;
@@ -125,7 +125,10 @@ static void write_narrow(i64 dtype, const float *restrict row, i64 V, char *rest
     memcpy(&most, &bits, 4), scale = most / 127;
     if (most > 1e-30f && most * 0 == 0) {
         float inverse = 127 / most;
-        for (i64 j = 0; j < V; j++) at[j] = (char)(int32_t)rintf(row[j] * inverse);
+        char bytes[wide];
+        for (i64 j = 0; j < wide; j += LANES) /* a number of steps that the compiler knows, so that all are vectors */
+            for (int n = 0; n < LANES; n++) bytes[j + n] = (char)(int32_t)rintf(row[j + n] * inverse);
+        memcpy(at, bytes, V);
     } else memset(at, 0, V);
     memcpy(at + V, &scale, 4);
 }
@@ -152,8 +155,9 @@ INLINE vf narrow_at(const int bytes, const char *p) {
     return some_narrow(bytes, p, LANES);
 }
 
-/* o += q S of a state of bytes or bfloat16, `rows` of it from row k on */
-INLINE void some_narrow_rows(const int bytes, const int rows, const char *S, i64 V, const float *q, float *o) {
+/* o += q S of a state of bytes or bfloat16, `rows` of it from row k on; `ahead`: eight rows ask for those two blocks on */
+INLINE void some_narrow_rows(const int bytes, const int rows, const int ahead, const char *S, i64 V, const float *q,
+                             float *o) {
     i64 width = row_bytes(bytes ? BYTES : 1, V), size = bytes ? 1 : 2, j = 0;
     float factor[8];
     for (int i = 0; i < rows; i++) {
@@ -163,6 +167,8 @@ INLINE void some_narrow_rows(const int bytes, const int rows, const char *S, i64
     }
     for (; j + LANES <= V; j += LANES) {
         vf x = load(o + j);
+        const char *soon = S + 16 * width + 8 * j * size;
+        for (int at = 0; ahead && at < 8 * LANES * size; at += 64) __builtin_prefetch(soon + at, 0, 2);
         for (int i = 0; i < rows; i++) x += splat(factor[i]) * narrow_at(bytes, S + i * width + j * size);
         store(o + j, x);
     }
@@ -172,25 +178,27 @@ INLINE void some_narrow_rows(const int bytes, const int rows, const char *S, i64
     for (i64 n = 0; j + n < V; n++) o[j + n] += x[n];
 }
 
-INLINE void through_narrow_rows(const int bytes, const char *S, i64 K, i64 V, const float *q, float *o) {
+INLINE void through_narrow_rows(const int bytes, const int ahead, const char *S, i64 K, i64 V, const float *q, float *o) {
     i64 width = row_bytes(bytes ? BYTES : 1, V), k = 0;
-    for (; k + 8 <= K; k += 8) some_narrow_rows(bytes, 8, S + k * width, V, q + k, o);
-    for (; k < K; k++) some_narrow_rows(bytes, 1, S + k * width, V, q + k, o);
+    for (; k + 8 <= K; k += 8) some_narrow_rows(bytes, 8, ahead, S + k * width, V, q + k, o);
+    for (; k < K; k++) some_narrow_rows(bytes, 1, 0, S + k * width, V, q + k, o);
 }
 
 /* The same for a state of fewer bits. Where it folds, or the CPU does not read vectors of such numbers, eight rows at a
    time become floats in `rows` [8][V, whole panels], and are rounded after a fold; o has as much room. */
 static void through_narrow_state(i64 dtype, char *S, i64 K, i64 V, const float *q, float *o, const Fold *fold, float *rows) {
     i64 wide = round_up(V, NC), width = row_bytes(dtype, V);
-    if (READS_NARROW && !fold->tokens && dtype == BYTES) through_narrow_rows(1, S, K, V, q, o);
-    else if (READS_NARROW && !fold->tokens && dtype == 1) through_narrow_rows(0, S, K, V, q, o);
+    if (READS_NARROW && !fold->tokens && dtype == BYTES && asks_ahead()) through_narrow_rows(1, 1, S, K, V, q, o);
+    else if (READS_NARROW && !fold->tokens && dtype == BYTES) through_narrow_rows(1, 0, S, K, V, q, o);
+    else if (READS_NARROW && !fold->tokens && dtype == 1 && asks_ahead()) through_narrow_rows(0, 1, S, K, V, q, o);
+    else if (READS_NARROW && !fold->tokens && dtype == 1) through_narrow_rows(0, 0, S, K, V, q, o);
     else
         for (i64 k = 0, n; k < K; k += n, S += n * width) {
             Fold part = *fold;
             n = smaller(8, K - k), part.k = fold->k + k;
             for (i64 i = 0; i < n; i++) read_narrow(dtype, S + i * width, V, rows + i * wide, wide);
             through_state(rows, n, wide, K, q + k, o, &part);
-            for (i64 i = 0; i < n && fold->tokens; i++) write_narrow(dtype, rows + i * wide, V, S + i * width);
+            for (i64 i = 0; i < n && fold->tokens; i++) write_narrow(dtype, rows + i * wide, V, wide, S + i * width);
         }
 }
 
@@ -239,7 +247,7 @@ static Held put(const Step *c, i64 bh, float *space) {
 /* o = scale * sum of exp(G - G_j) (q k_j) v_j; returns scale * exp(G). Prefetches one kB of the state S per token,
    since memory is otherwise idle here. */
 static float through_ring(const Step *c, const Held *held, const float *q, float *o, float *weights, const char *S) {
-    i64 K = c->K, V = c->V, whole = V / LANES * LANES;
+    i64 K = c->K, V = c->V;
     float since = 0, scale = (float)c->scale;
     for (i64 j = held->tokens - 1; j >= 0; j--) weights[j] = since, since += held->decay[slot_of(held, j)];
     for (i64 j = 0; j < held->tokens; j++) weights[j] = scale * exp_of(weights[j]);
@@ -247,12 +255,13 @@ static float through_ring(const Step *c, const Held *held, const float *q, float
         for (int line = 0; line < 16; line++) __builtin_prefetch(S + (j * 16 + line) * 64);
         weights[j] *= dot(q, held->k + slot_of(held, j) * K, K);
     }
-    for (i64 n = 0; n < whole; n += LANES) {
+    for (i64 n = 0; n < V && V >= LANES; n += LANES) { /* the last vector makes some numbers of the one before again */
+        i64 at = smaller(n, V - LANES);
         vf sum = {0};
-        for (i64 j = 0; j < held->tokens; j++) sum += splat(weights[j]) * load(held->v + slot_of(held, j) * V + n);
-        store(o + n, sum);
+        for (i64 j = 0; j < held->tokens; j++) sum += splat(weights[j]) * load(held->v + slot_of(held, j) * V + at);
+        store(o + at, sum);
     }
-    for (i64 n = whole; n < V; n++) {
+    for (i64 n = 0; n < V && V < LANES; n++) {
         o[n] = 0;
         for (i64 j = 0; j < held->tokens; j++) o[n] += weights[j] * held->v[slot_of(held, j) * V + n];
     }
