@@ -312,13 +312,19 @@ def which_sizes() -> str:
     sizes, lines = best("compare-sizes-default") | best("compare-sizes-10m", XEON), []
     for n, name in files.items():
         rows = sizes | best(name)
-        models = ("hybrid", "retnet", "transformer-qk-norm-forget", "transformer-qk-norm")
+        models = ("hybrid", "retnet", "transformer-qk-norm-forget", "transformer-qk-norm", "transformer")
         cells = [f"{rows[n, model]['bits_per_byte']:.3f}" for model in models]
         apart = rows[n, "transformer-qk-norm-forget"]
         doubt = apart.get("difference_half_width")  # none with one seed
         cells.append(f"{apart['difference']:.3f}" + (f" ± {doubt:.3f}" if doubt else ""))
         lines.append(" | ".join([millions(rows[n, "hybrid"]["parameters"]), *cells]))
-    heads = [KINDS["hybrid"], KINDS["retnet"], "twin with QK-norm and forget gate", KINDS["transformer-qk-norm"]]
+    heads = [
+        KINDS["hybrid"],
+        KINDS["retnet"],
+        "twin with QK-norm and forget gate",
+        "twin with QK-norm",
+        KINDS["transformer"],
+    ]
     return table(f"novels, bits per byte | {' | '.join(heads)} | hybrid ahead of the best twin by", *lines)
 
 
