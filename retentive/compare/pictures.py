@@ -23,13 +23,18 @@ STROKES = ("-", "--", ":", "-.")
 
 def title_of(result: dict[str, Any]) -> str:
     """Title of the picture: the tokens of a run, and the machines."""
-    machines = " and ".join(dict.fromkeys(each["cpu"] for each in result.get("machines", [result["hardware"]])))
-    return f"{millions(result['rows'][0]['tokens'])} tokens a run, {machines}"
+    return f"{millions(result['rows'][0]['tokens'])} tokens a run, {' and '.join(machines(result))}"
+
+
+def machines(result: dict[str, Any]) -> list[str]:
+    """Processors that trained the runs."""
+    return list(dict.fromkeys(each["cpu"] for each in result.get("machines", [result["hardware"]])))
 
 
 def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     """Writes a PNG: bits per byte (by size, or by learning rate or variant if there is one size), the loss of recalled
-    tokens, and training curves against tokens and against time. A panel with one point is left out.
+    tokens, and training curves against tokens and against time. A panel with one point is left out, and so is time if
+    the runs are from different processors.
 
     Args:
         result: the result of `Comparison.result`.
@@ -52,7 +57,9 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     best = {(row["size"], row["variant"]): row["lr"] for row in rows}
     runs = [run for run in result["runs"] if run["lr"] == best[run["size"], run["variant"]]]
     speeds = {(row["size"], row["variant"]): row["tokens_per_second"] for row in rows}
-    panels += [partial(_curves, runs, look, None), partial(_curves, runs, look, speeds)]
+    panels.append(partial(_curves, runs, look, None))
+    if len(machines(result)) == 1:
+        panels.append(partial(_curves, runs, look, speeds))
     figure, axes = grid(title, -(-len(panels) // 2), 2, size=(6.4, 4.6))
     for axis, draw in zip(axes.flat, panels, strict=False):
         draw(axis)
