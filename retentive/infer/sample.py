@@ -202,7 +202,10 @@ def narrowed(logits: Tensor, weights: Tensor, params: SamplingParams) -> Tensor:
         # A whole vocabulary takes long to sort. Tokens below the bound of top-p have less than 1 - top_p together;
         # a tenth is left for rounding.
         bound = 0.9 * (1 - params.top_p) * weights.sum() / len(weights)
-        some = logits >= logits.topk(k, sorted=False).values.min() if k else weights >= bound
+        if k:  # where fewer are allowed, the k-th is -inf, as all others are
+            some = logits >= logits.topk(k, sorted=False).values.min().clamp(min=torch.finfo(logits.dtype).min)
+        else:
+            some = weights >= bound
         ids = some.nonzero().squeeze(1)
         ids = ids[logits[ids].argsort(descending=True, stable=True)][: k or None]
         if params.top_p < 1:
