@@ -96,12 +96,12 @@ def pick(
 ) -> tuple[list[int], Tensor]:
     """Samples one token for each row of logits `[n, vocab]`.
 
+    Args:
+        allowed: for each row the tokens that may be sampled, as ids or bool `[vocab]`; None for all.
+
     Returns:
         The tokens, and norms `[n,1]`: a logit minus its row's norm is the model's log probability of that token, before
         temperature, filters and penalty.
-
-    Args:
-        allowed: for each row the tokens that may be sampled, as ids or bool `[vocab]`; None for all.
     """
     logits = logits.float().cpu()
     most = logits.amax(-1, keepdim=True)
@@ -199,13 +199,11 @@ def narrowed(logits: Tensor, weights: Tensor, params: SamplingParams) -> Tensor:
     """Returns the weights `[vocab]`, 0 for tokens that top-k, top-p (arXiv 1904.09751) or min-p leaves out."""
     k = params.top_k if params.top_k < len(logits) else 0
     if k or params.top_p < 1:
-        # A whole vocabulary takes long to sort. Tokens below the bound of top-p have less than 1 - top_p together;
-        # a tenth is left for rounding.
-        bound = 0.9 * (1 - params.top_p) * weights.sum() / len(weights)
+        # A whole vocabulary takes long to sort, so only tokens that may stay are.
         if k:  # where fewer are allowed, the k-th is -inf, as all others are
             some = logits >= logits.topk(k, sorted=False).values.min().clamp(min=torch.finfo(logits.dtype).min)
-        else:
-            some = weights >= bound
+        else:  # tokens below the bound have less than 1 - top_p together; a tenth is left for rounding
+            some = weights >= 0.9 * (1 - params.top_p) * weights.sum() / len(weights)
         ids = some.nonzero().squeeze(1)
         ids = ids[logits[ids].argsort(descending=True, stable=True)][: k or None]
         if params.top_p < 1:
