@@ -106,7 +106,7 @@ def pick(
     logits = logits.float().cpu()
     most = logits.amax(-1, keepdim=True)
     weights, rows = (logits - most).exp_(), logits
-    norms = most + weights.sum(-1, keepdim=True).log()
+    norms = most + total(weights).log()
     for n, (sampler, few) in enumerate(zip(samplers, allowed or [None] * len(samplers), strict=True)):
         if sampler.seen is not None or sampler.params.bias or few is not None:
             rows = rows.clone() if rows is logits else rows
@@ -136,6 +136,21 @@ BLOCK = 128
 """Number of tokens whose weights are summed as a block, before searching within one."""
 
 
+def in_blocks(weights: Tensor) -> Tensor:
+    """Weights `[…, vocab]` as `[…, blocks, BLOCK]`, with zeros at the end."""
+    if missing := -weights.shape[-1] % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, missing))
+    return weights.unflatten(-1, (-1, BLOCK))
+
+
+def total(weights: Tensor) -> Tensor:
+    """Sum `[…, 1]` of weights `[…, vocab]`, the same to the bit for a row in a batch and alone.
+
+    A single long row would be divided among threads, and the order of its additions with it.
+    """
+    return in_blocks(weights).sum(-1).sum(-1, keepdim=True)
+
+
 def draw(weights: Tensor, u: Tensor) -> Tensor:
     """Samples token ids `[n]` with probabilities proportional to `weights` `[n, vocab]`, by u `[n]` in [0, 1), float64.
 
@@ -144,9 +159,7 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
     """
     # float32 would round away the tail of a large vocabulary. Blocks are summed first, since a running sum over all
     # tokens takes longer than everything else done to the logits.
-    if missing := -weights.shape[-1] % BLOCK:
-        weights = torch.nn.functional.pad(weights, (0, missing))
-    blocks = weights.unflatten(-1, (-1, BLOCK))
+    blocks = in_blocks(weights)
     sums = blocks.sum(-1, dtype=torch.float64)
     block, rest = _first_above(sums, u * sums.sum(-1))
     token, _ = _first_above(blocks[torch.arange(len(weights)), block].double(), rest)
@@ -203,12 +216,12 @@ def narrowed(logits: Tensor, weights: Tensor, params: SamplingParams) -> Tensor:
         if k:  # where fewer are allowed, the k-th is -inf, as all others are
             some = logits >= logits.topk(k, sorted=False).values.min().clamp(min=torch.finfo(logits.dtype).min)
         else:  # tokens below the bound have less than 1 - top_p together; a tenth is left for rounding
-            some = weights >= 0.9 * (1 - params.top_p) * weights.sum() / len(weights)
+            some = weights >= 0.9 * (1 - params.top_p) * total(weights) / len(weights)
         ids = some.nonzero().squeeze(1)
         ids = ids[logits[ids].argsort(descending=True, stable=True)][: k or None]
         if params.top_p < 1:
             sums = weights[ids].cumsum(-1)
-            goal = params.top_p * (sums[-1] if k else weights.sum())
+            goal = params.top_p * (sums[-1] if k else total(weights))
             ids = ids[: 1 + int((sums < goal).sum())]  # includes the token that crosses the sum
         weights = torch.zeros_like(weights).index_copy_(0, ids, weights[ids])
     if params.min_p:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from retentive.infer import SamplingParams
+from retentive.infer import SamplingParams, sample
 from retentive.infer.sample import Sampler, filtered
 
 # six tokens, not in order, and their probabilities
@@ -168,6 +168,21 @@ def test_tokens_come_as_often_as_they_should(name):
     kept = expected > 0
     assert not seen[~kept].any()
     assert ((seen - expected)[kept] ** 2 / expected[kept]).sum() < QUANTILES[int(kept.sum()) - 1]
+
+
+def test_norms_are_the_same_to_the_bit_in_a_batch_and_alone():
+    """With two threads too, between which a single row of a large vocabulary would be divided."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        logits = 4 * torch.randn(5, 50257)
+        samplers = [Sampler(SamplingParams(temperature=0), torch.tensor([0]), 50257) for _ in logits]
+        together = sample.pick(logits, samplers)[1]
+        alone = [sample.pick(row[None], samplers[:1])[1] for row in logits]
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(together, torch.cat(alone))
+    assert torch.allclose(together.squeeze(1), logits.logsumexp(-1), rtol=CLOSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
