@@ -136,6 +136,8 @@ class Comparison:
         if self.jobs < 1:
             raise ValueError(f"{option('jobs', self.jobs)}: must be at least 1")
         runs = [run for run in self.plan() if run.lr]
+        if self.out.is_file():
+            raise FileExistsError(f"{self.out} is a file: choose a folder for the runs (`out`)")
         found = sorted(self.out.glob("[!.]*"))  # files that begin with a dot are ours: locks, the precision
         ours = {run.name for run in runs}
         if found and not any(f.name in ours or (f / "train.json").is_file() for f in found):
@@ -160,7 +162,10 @@ class Comparison:
                 "hold out more, or choose a smaller `length`"
             )
         for run in runs:
-            self.train_run(run).config(packed.meta.vocab_size)  # raises now what a worker would raise hours later
+            try:
+                self.train_run(run).config(packed.meta.vocab_size)  # raises now what a worker would raise hours later
+            except ValueError as error:
+                raise ValueError(f"variant {run.variant}, size {run.size}: {error}") from None
 
     def train_run(self, run: Run) -> TrainRun:
         """Returns the training run of a run of this comparison."""
@@ -202,7 +207,8 @@ class Comparison:
         """
         self.check()
         for file in self.earlier:
-            adopt(file, self.out, {run.name for run in replace(self, tune=False).plan()})
+            taken, total = adopt(file, self.out, {run.name for run in replace(self, tune=False).plan()})
+            say(f"{file}: {taken} of its {counted(total, 'run')} belong to this comparison")
         threads = max(1, (os.cpu_count() or 1) // self.jobs) if self.jobs > 1 else 0  # 0: torch's own choice
         missing = [run for run in self.plan() if not (run.lr and self.task(run, threads).done)]
         for line in self.estimate(missing, threads):

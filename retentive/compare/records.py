@@ -96,8 +96,10 @@ def _fields(config: Config) -> dict[str, Any]:
     return config.written() if described is None else described[1]
 
 
-def adopt(file: Path, out: Path, names: Collection[str]) -> None:
+def adopt(file: Path, out: Path, names: Collection[str]) -> tuple[int, int]:
     """Copies the records of the runs `names` from a result file into `out`, unless they exist there.
+
+    Returns the number of runs in the file that have one of these names, and of all its runs.
 
     Raises:
         FileNotFoundError: no such file.
@@ -110,10 +112,12 @@ def adopt(file: Path, out: Path, names: Collection[str]) -> None:
         raise FileNotFoundError(f"{file}: no such file; name a result of `retentive compare`") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{file} is not a result of a comparison ({type(error).__name__}: {error})") from None
-    for name in set(names) & set(found):
+    wanted = set(names) & set(found)
+    for name in wanted:
         if not (out / name).exists():
             make_folder(out / name)
             write_json(out / name / RECORD, found[name])
+    return len(wanted), len(found)
 
 
 def machines(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -74,6 +74,7 @@ def test_with_tune_the_first_seed_finds_the_rate_of_the_others(comparison, train
     write_json(tmp_path / "result.json", result)
     again = replace(tuned, out=tmp_path / "again", earlier=(tmp_path / "result.json",))
     assert again.run(said.append)["rows"] == result["rows"] and len(ran) == 10
+    assert said[-2:] == [f"{tmp_path / 'result.json'}: 10 of its 10 runs belong to this comparison", "0 runs"]
 
 
 def test_every_variant_is_trained_with_every_optimiser_at_its_own_best_rate(comparison, train):
@@ -127,6 +128,12 @@ def test_plans_that_make_no_sense_are_refused_before_anything_is_written(changes
     with refuses(words):
         replace(comparison, **changes).run()
     assert not comparison.out.exists()
+
+
+def test_a_file_in_place_of_the_folder_is_refused_before_anything_is_measured(comparison, refuses):
+    comparison.out.touch()
+    with refuses("out is a file: choose a folder for the runs", FileExistsError):
+        comparison.run(say=lambda line: pytest.fail(line))
 
 
 def test_a_folder_of_other_things_is_refused_and_one_of_runs_is_not(comparison, refuses):
