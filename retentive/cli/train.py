@@ -23,6 +23,7 @@ from retentive.cli.parsing import parse, typed_options
 from retentive.cli.progress import say
 from retentive.models import FIELDS as MODEL_FIELDS
 from retentive.models.encoders import CONFIGS as ENCODERS
+from retentive.options import known
 from retentive.train import Interrupted, Parallel, TrainConfig, TrainRun
 from retentive.train.checkpoints import folders
 from retentive.train.parallel import RankFailed
@@ -183,8 +184,10 @@ def read_changes(items: Sequence[str]) -> dict[str, Any]:
         name, equals, text = item.partition("=")
         if not equals:
             raise ValueError(f"--set {item}: expected FIELD=VALUE, such as dropout=0.1")
-        if name not in FIELDS:
-            raise ValueError(f"--set {item}: unknown field {name!r}, expected one of {', '.join(FIELDS)}")
+        try:
+            known([name], FIELDS, "field")
+        except ValueError as error:
+            raise ValueError(f"--set {item}: {error}") from None
         changes[name] = read_value(item, text, FIELDS[name])
     return changes
 
@@ -207,4 +210,5 @@ def read_value(item: str, text: str, kind: Any) -> Any:
         return value
     if type(value) is list and any(get_origin(k) is tuple for k in kinds):
         return tuple(value)
-    raise ValueError(f"--set {item}: expected {WANTED.get(kinds[0], 'numbers as in [1, 2]')}, got {text}")
+    wanted = WANTED.get(kinds[0], "numbers as in [1, 2]") + (", or null" if NoneType in kinds else "")
+    raise ValueError(f"--set {item}: expected {wanted}, got {text}")

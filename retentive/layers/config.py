@@ -218,7 +218,10 @@ class AttentionConfig:
         if self.moving_sinks and not self.sinks:
             raise ValueError("moving_sinks without sinks: set sinks, or moving_sinks to False")
         if self.sinks and self.forget_gate:
-            raise ValueError(f"sinks {self.sinks} with forget_gate, whose older gates a window loses: set one of them")
+            raise ValueError(
+                f"sinks {self.sinks} with a forget gate: they need the gates of all tokens since, and a window keeps "
+                "only its own; set sinks to 0, or do without the gate"
+            )
         if self.forget_gate and self.kv_heads != self.heads:
             raise ValueError(
                 f"forget_gate needs keys of its own for every head: set kv_heads to {self.heads}, got {self.kv_heads}"

@@ -7,7 +7,7 @@
 All are functions that return a ModelConfig: a variant is data, not a class.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -163,9 +163,7 @@ def retnet(
     shape, published = Size(DEFAULTS) if size is None else _size(size)
     if architecture != "retnet" and published not in ("retnet", architecture):
         raise ValueError(f"size {size} is of the architecture {published}, got {architecture}: name a size of our own")
-    unknown = set(changes) - {*SHARED, *RETENTION, *FEED_FORWARD}
-    if unknown:
-        raise ValueError(f"a RetNet has no field {', '.join(sorted(unknown))}")
+    _check_fields("RetNet", changes)
     name = published if architecture == "retnet" else architecture
     meant = ARCHITECTURES[name]
     if name == "retnet-portable":
@@ -176,6 +174,14 @@ def retnet(
         stands = ", ".join(f"{field}={meant[field]!r} (got {value!r})" for field, value in other.items())
         raise ValueError(f"{name} stands for {stands}: leave it out, or change a RetNet without that name")
     return _retnet(**{**DEFAULTS, **shape, **meant, **changes}).with_convolutions(convolution)
+
+
+def _check_fields(what: str, changes: Mapping[str, Any], own: Collection[str] = ()) -> None:
+    """Raises ValueError for a change that is no field of a RetNet and none of `own`, which it lists."""
+    unknown = sorted(set(changes) - {*SHARED, *RETENTION, *FEED_FORWARD, *own})
+    if unknown:
+        more = f": beside a RetNet's, it has {', '.join(own)}" if own else ""
+        raise ValueError(f"a {what} has no field {', '.join(unknown)}{more}")
 
 
 def _portable_heads(dim: int) -> dict[str, int]:
@@ -278,6 +284,7 @@ def transformer(size: str | None = None, *, convolution: int = 0, **changes: Any
     Raises:
         ValueError: as `retnet`.
     """
+    _check_fields("transformer", changes, ATTENTION)
     own = {name: value for name, value in changes.items() if name in ATTENTION or name == "ffn_dim"}
     base = twin(retnet(size, **{name: value for name, value in changes.items() if name not in own}))
     width = own.pop("ffn_dim", 0)
@@ -301,6 +308,7 @@ def hybrid(size: str | None = None, **changes: Any) -> ModelConfig:
     Raises:
         ValueError: as `retnet` and `mixed`.
     """
+    _check_fields("hybrid", changes, (*HYBRID, *CONVOLUTION))
     own = {name: changes.pop(name) for name in (*HYBRID, *CONVOLUTION) if name in changes}
     base = retnet(size, **changes)
     return mixed(base if "heads" in changes else narrow_heads(base), **own)

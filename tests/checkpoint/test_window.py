@@ -200,7 +200,7 @@ BAD = {
         "`window=10`: the model has a window of 9",
     ),
     "sinks": (CONFIGS["transformer"], dict(window=None, sinks=4), "`sinks=4`: without a window all tokens are seen"),
-    "gate": (CONFIGS["forget-gate"], dict(window=8, sinks=4), "sinks 4 with forget_gate"),
+    "gate": (CONFIGS["forget-gate"], dict(window=8, sinks=4), "sinks 4 with a forget gate"),
     "nothing": (CONFIGS["transformer"], dict(window=0), "the window must be at least 1 token"),
     "negative": (CONFIGS["transformer"], dict(window=8, sinks=-1), "sinks must be at least 0, got -1"),
     "few": (CONFIGS["transformer"], dict(window=(8, 9, 9, 9)), "layers; give one number, or one for each"),

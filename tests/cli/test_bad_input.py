@@ -103,6 +103,8 @@ TRAINING = {
     "unknown-size": (["--size", "3m"], "unknown size '3m', expected one of 1m, 2m, 5m"),
     "heads-that-do-not-divide": (["--set", "heads=3"], "key_dim 128 is not divisible by heads 3"),
     "odd-key-head-dim": (["--set", "heads=2", "key_dim=6"], "must be even for the rotation"),
+    "misspelt-field": (["--set", "atention_window=1"], "'atention_window': did you mean attention_window?"),
+    "not-a-number-or-null": (["--set", "attention_window=none"], "expected a whole number, or null, got none"),
     "unknown-field": (["--set", "nonsense=1"], "--set nonsense=1: unknown field 'nonsense', expected one of"),
     "field-with-a-word": (["--set", "heads=two"], "--set heads=two"),
     "unknown-decay": (["--model", "retnet", "--set", "decay=slow"], "unknown decay schedule 'slow'"),

@@ -59,7 +59,7 @@ def test_attention_is_its_formula_whole_and_from_a_cache(kv_heads, same):
         (dict(window=2**40), "window must be at most"),
         (dict(sinks=-1), "sinks must be at least 0, got -1"),
         (dict(sinks=4), "sinks 4 without a window"),
-        (dict(sinks=4, window=8, forget_gate=True), "sinks 4 with forget_gate"),
+        (dict(sinks=4, window=8, forget_gate=True), "sinks 4 with a forget gate"),
         (dict(moving_sinks=True, window=8), "moving_sinks without sinks"),
         (dict(forget_gate=True, kv_heads=2), "forget_gate needs keys of its own for every head"),
         (dict(rotary="full"), "unknown rotary 'full'"),
