@@ -126,7 +126,7 @@ def picture() -> str:
     ours, theirs = (f"{1000 * models[name]['seconds']:.1f} ms" for name in ("native-int4", "native-twin-int4"))
     return (
         "Memory and time per token against context, 155 M parameters in 4 bits on two CPU cores. At 32,768 tokens the "
-        f"RetNet takes {ours} a token, its Transformer twin in the same engine {theirs}."
+        f"RetNet takes {ours} a token, its Transformer twin with grouped heads, in the same engine, {theirs}."
     )
 
 
@@ -145,9 +145,10 @@ def claims() -> str:
 
     def quality(text: str, title: str) -> str:
         found = best(f"compare-hybrid-5m-{text}")
+        tokens = millions(found["5m", "hybrid"]["tokens"])
         ours, twins = (found["5m", v]["bits_per_byte"] for v in ("hybrid", "transformer-qk-norm-forget"))
         return f"{title}, held-out bits per byte | {ours:.3f} (hybrid) | {twins:.3f} | lower | " + file(
-            f"compare-hybrid-5m-{text}", EPYC, "6.0 M, twin with QK-norm and a forget gate"
+            f"compare-hybrid-5m-{text}", EPYC, f"6.0 M, {tokens} tokens, twin with QK-norm and a forget gate"
         )
 
     def spoken(model: str) -> str:
@@ -160,7 +161,7 @@ def claims() -> str:
     lines = [
         f"time per token after 8,192 tokens, 4-bit weights | {1000 * fast['native-int4']['seconds']:.1f} ms | "
         f"{1000 * fast['native-twin-int4']['seconds']:.1f} ms ({1000 * fast['llamacpp-q4_0']['seconds']:.1f} ms in "
-        "llama.cpp) | lower | " + file(TWINS, ZEN4, "155 M, C engine, twin with grouped heads"),
+        "llama.cpp) | lower | " + file(TWINS, ZEN4, "155 M, C engine, a Zen 4, twin with grouped heads"),
         f"memory of a sequence of 8,192 tokens | {state} | {size(full['llamacpp-q4_0']['state_bytes'])} "
         f"({size(fast['llamacpp-q4_0']['state_bytes'])} with grouped heads) | lower | "
         + file(FULL, EPYC, "155 M, C engine"),
@@ -175,7 +176,8 @@ def claims() -> str:
         f"novels, perplexity after 8,192 tokens, trained on 1,024 | {contexts['retnet']:.1f} | "
         f"{contexts['transformer']:.1f} | lower | "
         + f"6.0 M: {file('contexts-novels-retnet', EPYC, paper)}, "
-        + file("contexts-novels-transformer", EPYC, "twin"),
+        + file("contexts-novels-transformer", EPYC, "plain twin")
+        + " ([with a forget gate](docs/numbers.md#long-contexts) it does not lose)",
         f"pictures: handwritten digits read rightly | {drawn(digits, 'retnet')} | {drawn(slower, 'twin')} | higher | "
         + f"1.1 M: {file('seen-digits-1m', EPYC, 'RetNet')}, "
         + file("seen-digits-half-rate-1m", ZEN4, "twin at its better learning rate"),

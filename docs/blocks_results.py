@@ -352,7 +352,8 @@ def which_costs() -> str:
         cells = [size(decoded[engine]["state_bytes"]), f"{1000 * decoded[engine]['seconds']:.1f} ms"]
         lines.append(" | ".join([title, *cells, f"{trained[model]['tokens_per_second']:,.0f}"]))
     lines.append(f"Llama of transformers | – | – | {trained['llama']['tokens_per_second']:,.0f}")
-    head = "155 M in 4 bits | memory after 8,192 tokens | time per token there | training, 6 M, rows of 2,048: tokens/s"
+    head = "model | 155 M in 4 bits: memory after 8,192 tokens | time per token there | "
+    head += "6 M: training tokens/s, rows of 2,048"
     return table(head, *lines)
 
 

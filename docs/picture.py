@@ -6,8 +6,8 @@ from blocks_results import KINDS, TEXTS
 
 CURVES = {
     "RetNet, C engine": ("native-int4", "C0", "o-"),
-    "Transformer twin, C engine": ("native-twin-int4", "C3", "^-"),
-    "Transformer twin, llama.cpp": ("llamacpp-q4_0", "C1", "s--"),
+    "twin with grouped heads, C engine": ("native-twin-int4", "C3", "^-"),
+    "the same twin, llama.cpp": ("llamacpp-q4_0", "C1", "s--"),
 }
 CONTEXTS = (2048, 8192, 32768)
 
@@ -22,7 +22,7 @@ def which() -> None:
                 r = found["1m", name]
                 colour = {"hybrid": "C0", "retnet": "C1"}.get(name, "C3")
                 axes.errorbar(r["bits_per_byte"], place, xerr=r["half_width"], fmt="o", color=colour, capsize=3)
-        axes.set(title=title, xlabel="bits per byte")
+        axes.set(title=title, xlabel="bits per byte (lower is better)")
         axes.set_yticks(range(len(KINDS)), labels=list(reversed(KINDS.values())))
         axes.grid(alpha=0.3, axis="x")
     figure.savefig(ROOT / "docs" / "which.png", dpi=120)
