@@ -21,11 +21,6 @@ enum { MAY_BE_NARROW = 0 }; /* states of fewer bits: a page downloads its engine
 #else
 enum { MAY_BE_NARROW = 1 };
 #endif
-#ifdef __AVX2__
-enum { READS_NARROW = 1 }; /* an instruction makes a vector of them floats */
-#else
-enum { READS_NARROW = 0 };
-#endif
 
 /* bytes of a row of a state, V numbers */
 INLINE i64 row_bytes(i64 state_dtype, i64 V) { return state_dtype == BYTES ? V + 4 : V * size_of(state_dtype); }
@@ -40,6 +35,49 @@ typedef struct { /* the part of a full ring that is folded into the state: S = k
     float *k, *v_panels; /* [tokens][K], weighted; operand for the V columns */
     float kept[8];       /* one number, repeated */
 } Fold;
+
+/* n numbers as floats, zeros after them; n is at most what a vector has lanes for, and `dtype` a constant */
+INLINE vf some_of(const int dtype, const char *p, i64 n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    __mmask16 there = (__mmask16)((1u << n) - 1);
+    if (dtype == BYTES) return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(there, p)));
+    if (dtype == 2) return (vf)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, p));
+    if (dtype == 1) return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, p)), 16);
+    return (vf)_mm512_maskz_loadu_ps(there, p);
+#endif
+    float x[LANES] = {0};
+    if (dtype == BYTES)
+        for (i64 i = 0; i < n; i++) x[i] = ((const int8_t *)p)[i];
+    else read_row(dtype, p, n, x, n);
+    return load(x);
+}
+
+/* as many as there are lanes */
+INLINE vf all_of(const int dtype, const char *p) {
+    if (dtype == 0) return load((const float *)p);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if (dtype == BYTES) return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+    if (dtype == 1) return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+#elif defined(__SSE2__) && !defined(__AVX__)
+    if (dtype == BYTES) {
+        int32_t four;
+        memcpy(&four, p, 4);
+        __m128i x = _mm_cvtsi32_si128(four), twice = _mm_unpacklo_epi8(x, x);
+        return (vf)_mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpacklo_epi16(twice, twice), 24));
+    }
+    if (dtype == 1) return (vf)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)p));
+#endif
+    return some_of(dtype, p, LANES);
+}
+
+/* the sum of a vector's lanes, by halves */
+INLINE float sum_of(vf x) {
+    float all[LANES];
+    store(all, x);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int n = 0; n < width; n++) all[n] += all[n + width];
+    return all[0];
+}
 
 /* Returns 1 if a step that only reads should prefetch the state, two blocks of eight rows ahead. Intel's hardware
    prefetcher restarts at every 4 kB page; AMD's follows by itself and does better without help (docs/LOG.md). */
@@ -97,114 +135,134 @@ __attribute__((noinline)) static void through_state(float *S, i64 K, i64 V, i64 
     through_rows(S, K, V, ld, q, o, fold, 0);
 }
 
-/* a row of a state of few bits as floats [wide], zeros after V; integers have their scale behind them */
-static void read_narrow(i64 dtype, const char *restrict at, i64 V, float *restrict row, i64 wide) {
-    float scale;
+/* the nearest integers, whose size is below 128, as bytes */
+INLINE void write_bytes(vf x, int8_t *to) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)x)));
+#elif defined(__AVX2__)
+    __m256i whole = _mm256_cvtps_epi32((__m256)x);
+    __m128i y = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64((__m128i *)to, _mm_packs_epi16(y, y));
+#elif defined(__SSE2__) && !defined(__AVX__)
+    __m128i y = _mm_cvtps_epi32((__m128)x);
+    y = _mm_packs_epi32(y, y);
+    int32_t four = _mm_cvtsi128_si32(_mm_packs_epi16(y, y));
+    memcpy(to, &four, 4);
+#else
+    for (int n = 0; n < LANES; n++) to[n] = (int8_t)(int32_t)rintf(x[n]);
+#endif
+}
+
+/* Rounds n rows of at most 8, floats [wide, whole panels] with zeros after V, to rows of a state of few bits. What is not
+   finite spoils its row by the scale. */
+INLINE void write_narrow(const int dtype, const int n, const float *rows, i64 V, i64 wide, char *S) {
+    i64 width = row_bytes(dtype, V);
     if (dtype != BYTES) {
-        read_row(dtype, at, V, row, wide);
+        for (int i = 0; i < n; i++) write_rows(dtype, rows + i * wide, V, 1, V, S + i * width, V);
         return;
     }
-    memcpy(&scale, at + V, 4);
-    for (i64 j = 0; j < V; j++) row[j] = ((const int8_t *)at)[j] * scale;
-    for (i64 j = V; j < wide; j++) row[j] = 0;
-}
-
-/* and back, from a row [wide, of whole panels] with zeros after V; what is not finite spoils its row by the scale */
-static void write_narrow(i64 dtype, const float *restrict row, i64 V, i64 wide, char *restrict at) {
-    int32_t bits = 0; /* of the largest size: such a maximum is one of vectors, unlike that of floats */
-    if (dtype != BYTES) {
-        write_rows(dtype, row, V, 1, V, at, V);
-        return;
+    int32_t bits[8] = {0}; /* of the largest size: such a maximum is one of vectors, unlike that of floats */
+    float largest[8], inverse[8];
+    vi most[8] = {{0}};
+    for (i64 j = 0; j < wide; j += LANES)
+        for (int i = 0; i < n; i++) {
+            vi size = (vi)load(rows + i * wide + j) & INT32_MAX, more = size > most[i];
+            most[i] = (size & more) | (most[i] & ~more);
+        }
+    for (int i = 0; i < n; i++)
+        for (int lane = 0; lane < LANES; lane++) bits[i] = most[i][lane] > bits[i] ? most[i][lane] : bits[i];
+    memcpy(largest, bits, sizeof bits);
+    for (int i = 0; i < 8; i++) inverse[i] = 127 / largest[i];
+    for (int i = 0; i < n; i++, rows += wide, S += width) {
+        float scale = largest[i] / 127;
+        memcpy(S + V, &scale, 4);
+        if (!(largest[i] > 1e-30f && largest[i] * 0 == 0)) {
+            memset(S, 0, V);
+            continue;
+        }
+        int8_t last[LANES];
+        i64 j = 0;
+        for (; j + LANES <= V; j += LANES) write_bytes(load(rows + j) * splat(inverse[i]), (int8_t *)S + j);
+        if (j < V) write_bytes(load(rows + j) * splat(inverse[i]), last), memcpy(S + j, last, V - j);
     }
-    for (i64 j = 0; j < wide; j++) {
-        int32_t size;
-        memcpy(&size, row + j, 4), size &= INT32_MAX;
-        bits = size > bits ? size : bits;
+}
+
+/* o += q S for n rows of a state of few bits and one vector of columns, `lanes` of which exist; factor is q times scale.
+   If `rows` is not NULL, they become floats [n][wide] there. */
+INLINE void narrow_columns(const int dtype, const int n, i64 lanes, const char *S, i64 width, const float *factor,
+                           const float *scale, float *o, float *rows, i64 wide) {
+    vf x = load(o);
+    for (int i = 0; i < n; i++) {
+        vf y = lanes == LANES ? all_of(dtype, S + i * width) : some_of(dtype, S + i * width, lanes);
+        x += splat(factor[i]) * y;
+        if (rows) store(rows + i * wide, dtype == BYTES ? y * splat(scale[i]) : y);
     }
-    float most, scale;
-    memcpy(&most, &bits, 4), scale = most / 127;
-    if (most > 1e-30f && most * 0 == 0) {
-        float inverse = 127 / most;
-        char bytes[wide];
-        for (i64 j = 0; j < wide; j += LANES) /* a number of steps that the compiler knows, so that all are vectors */
-            for (int n = 0; n < LANES; n++) bytes[j + n] = (char)(int32_t)rintf(row[j + n] * inverse);
-        memcpy(at, bytes, V);
-    } else memset(at, 0, V);
-    memcpy(at + V, &scale, 4);
+    store(o, x);
 }
 
-/* n integers of 8 bits, or numbers of bfloat16, as floats; n is at most what a vector has lanes for, zeros follow */
-INLINE vf some_narrow(const int bytes, const char *p, i64 n) {
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-    __mmask16 there = (__mmask16)((1u << n) - 1);
-    if (bytes) return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(there, p)));
-    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, p)), 16);
-#endif
-    float x[LANES] = {0};
-    if (bytes)
-        for (i64 i = 0; i < n; i++) x[i] = ((const int8_t *)p)[i];
-    else read_row(1, p, n, x, n);
-    return load(x);
-}
-
-INLINE vf narrow_at(const int bytes, const char *p) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    if (bytes) return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
-    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
-#endif
-    return some_narrow(bytes, p, LANES);
-}
-
-/* o += q S of a state of bytes or bfloat16, `rows` of it from row k on; `ahead`: eight rows ask for those two blocks on */
-INLINE void some_narrow_rows(const int bytes, const int rows, const int ahead, const char *S, i64 V, const float *q,
-                             float *o) {
-    i64 width = row_bytes(bytes ? BYTES : 1, V), size = bytes ? 1 : 2, j = 0;
-    float factor[8];
-    for (int i = 0; i < rows; i++) {
-        float scale = 1;
-        if (bytes) memcpy(&scale, S + i * width + V, 4);
-        factor[i] = q[i] * scale;
+/* the same for all columns, with zeros after V in `rows`; `ahead`: prefetch the rows two blocks of eight ahead */
+INLINE void narrow_block(const int dtype, const int n, const int ahead, const char *S, i64 V, const float *q, float *o,
+                         float *rows, i64 wide) {
+    i64 width = row_bytes(dtype, V), size = dtype == BYTES ? 1 : 2, j = 0;
+    float scale[8], factor[8];
+    for (int i = 0; i < n; i++) {
+        scale[i] = 1;
+        if (dtype == BYTES) memcpy(scale + i, S + i * width + V, 4);
+        factor[i] = q[i] * scale[i];
     }
     for (; j + LANES <= V; j += LANES) {
-        vf x = load(o + j);
         const char *soon = S + 16 * width + 8 * j * size;
         for (int at = 0; ahead && at < 8 * LANES * size; at += 64) __builtin_prefetch(soon + at, 0, 2);
-        for (int i = 0; i < rows; i++) x += splat(factor[i]) * narrow_at(bytes, S + i * width + j * size);
-        store(o + j, x);
+        narrow_columns(dtype, n, LANES, S + j * size, width, factor, scale, o + j, rows ? rows + j : NULL, wide);
     }
-    if (j == V) return;
-    vf x = {0};
-    for (int i = 0; i < rows; i++) x += splat(factor[i]) * some_narrow(bytes, S + i * width + j * size, V - j);
-    for (i64 n = 0; j + n < V; n++) o[j + n] += x[n];
+    if (j < V) {
+        narrow_columns(dtype, n, V - j, S + j * size, width, factor, scale, o + j, rows ? rows + j : NULL, wide);
+        j += LANES;
+    }
+    for (; rows && j < wide; j += LANES)
+        for (int i = 0; i < n; i++) store(rows + i * wide + j, (vf){0});
 }
 
-INLINE void through_narrow_rows(const int bytes, const int ahead, const char *S, i64 K, i64 V, const float *q, float *o) {
-    i64 width = row_bytes(bytes ? BYTES : 1, V), k = 0;
-    for (; k + 8 <= K; k += 8) some_narrow_rows(bytes, 8, ahead, S + k * width, V, q + k, o);
-    for (; k < K; k++) some_narrow_rows(bytes, 1, 0, S + k * width, V, q + k, o);
-}
-
-/* The same for a state of fewer bits. Where it folds, or the CPU does not read vectors of such numbers, eight rows at a
-   time become floats in `rows` [8][V, whole panels], and are rounded after a fold; o has as much room. */
-static void through_narrow_state(i64 dtype, char *S, i64 K, i64 V, const float *q, float *o, const Fold *fold, float *rows) {
-    i64 wide = round_up(V, NC), width = row_bytes(dtype, V);
-    if (READS_NARROW && !fold->tokens && dtype == BYTES && asks_ahead()) through_narrow_rows(1, 1, S, K, V, q, o);
-    else if (READS_NARROW && !fold->tokens && dtype == BYTES) through_narrow_rows(1, 0, S, K, V, q, o);
-    else if (READS_NARROW && !fold->tokens && dtype == 1 && asks_ahead()) through_narrow_rows(0, 1, S, K, V, q, o);
-    else if (READS_NARROW && !fold->tokens && dtype == 1) through_narrow_rows(0, 0, S, K, V, q, o);
-    else
-        for (i64 k = 0, n; k < K; k += n, S += n * width) {
-            Fold part = *fold;
-            n = smaller(8, K - k), part.k = fold->k + k;
-            for (i64 i = 0; i < n; i++) read_narrow(dtype, S + i * width, V, rows + i * wide, wide);
-            through_state(rows, n, wide, K, q + k, o, &part);
-            for (i64 i = 0; i < n && fold->tokens; i++) write_narrow(dtype, rows + i * wide, V, wide, S + i * width);
+/* through_rows for n rows of a state of few bits, from row k on; o has room for whole panels. Rows that are folded into
+   become floats in `rows` [8][V, whole panels], and are rounded again. */
+INLINE void through_narrow_rows(const int dtype, const int n, const int ahead, char *S, i64 k, i64 K, i64 V, const float *q,
+                                float *o, const Fold *fold, float *rows) {
+    i64 wide = round_up(V, NC);
+    S += k * row_bytes(dtype, V);
+    if (!fold->tokens) {
+        narrow_block(dtype, n, ahead, S, V, q + k, o, NULL, wide);
+        return;
+    }
+    narrow_block(dtype, n, ahead, S, V, q + k, o, rows, wide);
+    for (i64 j = 0; j < wide; j += NC)
+        for (int i = 0; i < n; i += MR) { /* a tile has MR rows; those after the n-th are of no account */
+            float *to = rows + i * wide + j;
+            tile(0, 2, fold->tokens, fold->k + k + i, 1, K, fold->v_panels + j * fold->tokens, to, fold->kept, to, wide);
         }
+    write_narrow(dtype, n, rows, V, wide, S);
+}
+
+INLINE void through_narrow(const int dtype, const int ahead, char *S, i64 K, i64 V, const float *q, float *o,
+                           const Fold *fold, float *rows) {
+    i64 k = 0;
+    for (; k + 8 <= K; k += 8) through_narrow_rows(dtype, 8, ahead, S, k, K, V, q, o, fold, rows);
+    for (; k < K; k++) through_narrow_rows(dtype, 1, 0, S, k, K, V, q, o, fold, rows);
+}
+
+static void through_narrow_state(i64 dtype, char *S, i64 K, i64 V, const float *q, float *o, const Fold *fold,
+                                 float *rows) {
+    int ahead = asks_ahead();
+    if (dtype == BYTES && ahead) through_narrow(BYTES, 1, S, K, V, q, o, fold, rows);
+    else if (dtype == BYTES) through_narrow(BYTES, 0, S, K, V, q, o, fold, rows);
+    else if (dtype == 1 && ahead) through_narrow(1, 1, S, K, V, q, o, fold, rows);
+    else if (dtype == 1) through_narrow(1, 0, S, K, V, q, o, fold, rows);
+    else through_narrow(2, 0, S, K, V, q, o, fold, rows);
 }
 
 typedef struct { /* tokens in the ring of a head, oldest first; token j is in slot_of(held, j) */
     i64 slots, first, tokens;
-    const float *k, *v, *decay; /* indexed by slot */
+    const char *k, *v; /* [slots][K], [slots][V], in the step's dtype */
+    const float *decay;
 } Held;
 
 INLINE i64 slot_of(const Held *held, i64 j) {
@@ -223,62 +281,64 @@ static void ask_ring(const Step *c, i64 bh) {
     }
 }
 
-/* puts the new token into the ring; returns all its tokens as float32, converted into `space` if they are 16-bit */
-static Held put(const Step *c, i64 bh, float *space) {
+/* puts the new token into the ring */
+static Held put(const Step *c, i64 bh) {
     i64 K = c->K, V = c->V, R = c->slots, size = size_of(c->dtype), b = bh / c->H, slot = c->written[b] % R;
     char *k = (char *)c->ring_k + bh * R * K * size, *v = (char *)c->ring_v + bh * R * V * size;
     float *decay = c->ring_decay + bh * R;
     memcpy(k + slot * K * size, element(c->k, c->dtype, bh * K), K * size);
     memcpy(v + slot * V * size, element(c->v, c->dtype, bh * V), V * size);
     decay[slot] = bounded(c->log_decay[b * c->decay_stride + bh % c->H]);
-
-    Held held = {R, c->folded[b] % R, c->written[b] - c->folded[b] + 1, (float *)k, (float *)v, decay};
-    if (c->dtype == 0) return held;
-    held.k = space, held.v = space + R * K;
-    for (i64 j = 0, run; j < held.tokens; j += run) { /* up to the end of the ring, then from its start */
-        i64 at = slot_of(&held, j);
-        run = smaller(held.tokens - j, R - at);
-        read_row(c->dtype, k + at * K * size, run * K, space + at * K, run * K);
-        read_row(c->dtype, v + at * V * size, run * V, space + R * K + at * V, run * V);
-    }
-    return held;
+    return (Held){R, c->folded[b] % R, c->written[b] - c->folded[b] + 1, k, v, decay};
 }
 
-/* o = scale * sum of exp(G - G_j) (q k_j) v_j; returns scale * exp(G). Prefetches one kB of the state S per token,
+/* weights[j] *= q k_j, o = sum of weights[j] v_j; o has room for a vector more. Prefetches one kB of the state S per token,
    since memory is otherwise idle here. */
+INLINE void through_tokens(const int dtype, i64 K, i64 V, const Held *held, const float *q, float *o, float *weights,
+                           const char *S) {
+    i64 size = size_of(dtype), whole = K / LANES * LANES, rest = K - whole;
+    for (i64 j = 0; j < held->tokens; j++) {
+        const char *k = held->k + slot_of(held, j) * K * size;
+        for (int line = 0; line < 16; line++) __builtin_prefetch(S + (j * 16 + line) * 64);
+        vf sum = {0};
+        for (i64 n = 0; n < whole; n += LANES) sum += load(q + n) * all_of(dtype, k + n * size);
+        if (rest) sum += some_of(0, (const char *)(q + whole), rest) * some_of(dtype, k + whole * size, rest);
+        weights[j] *= sum_of(sum);
+    }
+    for (i64 n = 0; n < V; n += LANES) { /* the last vector makes some numbers of the one before again */
+        i64 at = larger(0, smaller(n, V - LANES)), lanes = smaller(V, LANES);
+        vf sum = {0};
+        for (i64 j = 0; j < held->tokens; j++) {
+            const char *v = held->v + (slot_of(held, j) * V + at) * size;
+            sum += splat(weights[j]) * (lanes == LANES ? all_of(dtype, v) : some_of(dtype, v, lanes));
+        }
+        store(o + at, sum);
+    }
+}
+
+/* o = scale * sum of exp(G - G_j) (q k_j) v_j; returns scale * exp(G) */
 static float through_ring(const Step *c, const Held *held, const float *q, float *o, float *weights, const char *S) {
-    i64 K = c->K, V = c->V;
     float since = 0, scale = (float)c->scale;
     for (i64 j = held->tokens - 1; j >= 0; j--) weights[j] = since, since += held->decay[slot_of(held, j)];
     for (i64 j = 0; j < held->tokens; j++) weights[j] = scale * exp_of(weights[j]);
-    for (i64 j = 0; j < held->tokens; j++) {
-        for (int line = 0; line < 16; line++) __builtin_prefetch(S + (j * 16 + line) * 64);
-        weights[j] *= dot(q, held->k + slot_of(held, j) * K, K);
-    }
-    for (i64 n = 0; n < V && V >= LANES; n += LANES) { /* the last vector makes some numbers of the one before again */
-        i64 at = smaller(n, V - LANES);
-        vf sum = {0};
-        for (i64 j = 0; j < held->tokens; j++) sum += splat(weights[j]) * load(held->v + slot_of(held, j) * V + at);
-        store(o + at, sum);
-    }
-    for (i64 n = 0; n < V && V < LANES; n++) {
-        o[n] = 0;
-        for (i64 j = 0; j < held->tokens; j++) o[n] += weights[j] * held->v[slot_of(held, j) * V + n];
-    }
+    if (c->dtype == 0) through_tokens(0, c->K, c->V, held, q, o, weights, S);
+    else if (c->dtype == 1) through_tokens(1, c->K, c->V, held, q, o, weights, S);
+    else through_tokens(2, c->K, c->V, held, q, o, weights, S);
     return scale * exp_of(since);
 }
 
 /* returns the older half of a full ring, weighted; no tokens if the ring is not full */
 static Fold ripe(const Step *c, const Held *held, float *space) {
-    i64 K = c->K, V = c->V, tokens = held->tokens == held->slots ? held->slots / 2 : 0;
+    i64 K = c->K, V = c->V, size = size_of(c->dtype), tokens = held->tokens == held->slots ? held->slots / 2 : 0;
     Fold fold = {tokens, space, space + tokens * K, {0}};
     float since = 0; /* log decay from token j to the newest folded token */
     for (i64 j = tokens - 1; j >= 0; j--) {
         i64 at = slot_of(held, j);
-        float weight = exp_of(since);
-        for (i64 n = 0; n < K; n++) fold.k[j * K + n] = weight * held->k[at * K + n];
+        float weight = exp_of(since), *k = fold.k + j * K;
+        read_row(c->dtype, held->k + at * K * size, K, k, K);
+        for (i64 n = 0; n < K; n++) k[n] *= weight;
         for (i64 n = 0; n < V; n += NC)
-            read_row(0, held->v + at * V + n, smaller(NC, V - n), fold.v_panels + n * tokens + j * NC, NC);
+            read_row(c->dtype, held->v + (at * V + n) * size, smaller(NC, V - n), fold.v_panels + n * tokens + j * NC, NC);
         since += held->decay[at];
     }
     float kept = exp_of(since);
@@ -286,16 +346,16 @@ static Fold ripe(const Step *c, const Held *held, float *space) {
     return fold;
 }
 
-static i64 step_space(const Step *c) { /* in floats: q and o, weights, the ring, the folded tokens, rows of the state */
+static i64 step_space(const Step *c) { /* in floats: q and o, weights, the folded tokens, rows of the state */
     i64 wide = round_up(c->V, NC), rows = c->state_dtype ? 8 * wide : 0;
-    return c->K + wide + c->slots + c->slots * (c->K + c->V) + c->slots / 2 * (c->K + wide) + rows;
+    return c->K + wide + c->slots + c->slots / 2 * (c->K + wide) + rows;
 }
 
 static void step_head(const Step *c, i64 bh, i64 end, float *space) {
     i64 K = c->K, V = c->V;
-    float *q = space, *o = q + K, *weights = o + round_up(V, NC), *ring = weights + c->slots, *half = ring + c->slots * (K + V);
+    float *q = space, *o = q + K, *weights = o + round_up(V, NC), *half = weights + c->slots;
     char *S = state_of(c->state, c->state_dtype, bh, K, V);
-    Held held = put(c, bh, ring);
+    Held held = put(c, bh);
     read_row(c->dtype, element(c->q, c->dtype, bh * K), K, q, K);
     float remains = through_ring(c, &held, q, o, weights, S);
     for (i64 n = 0; n < K; n++) q[n] *= remains;
