@@ -1,8 +1,8 @@
 """Draws docs/front.png and docs/which.png from results/: `python docs/picture.py` (extra `plot`)."""
 
 import matplotlib.pyplot as plt
-from blocks import ROOT, TWINS, ZEN4, best, native
-from blocks_results import KINDS, TEXTS
+from blocks import ROOT, TWINS, ZEN4, native
+from blocks_results import KINDS, TEXTS, small
 
 CURVES = {
     "RetNet, C engine": ("native-int4", "C0", "o-"),
@@ -16,7 +16,7 @@ def which() -> None:
     """Bits per byte of each model on each text, with intervals."""
     figure, panels = plt.subplots(1, len(TEXTS), figsize=(10, 3), layout="constrained", sharey=True)
     for axes, (text, title) in zip(panels, TEXTS.items(), strict=True):
-        found = best(f"compare-hybrid-{text}")
+        found = small(text)
         for place, name in enumerate(reversed(KINDS)):
             if ("1m", name) in found:
                 r = found["1m", name]
