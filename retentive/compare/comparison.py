@@ -208,7 +208,7 @@ class Comparison:
         self.check()
         for file in self.earlier:
             taken, total = adopt(file, self.out, {run.name for run in replace(self, tune=False).plan()})
-            say(f"{file}: {taken} of its {counted(total, 'run')} belong to this comparison")
+            say(f"{file}: {taken} of its {counted(total, 'run')} have names of this comparison")
         threads = max(1, (os.cpu_count() or 1) // self.jobs) if self.jobs > 1 else 0  # 0: torch's own choice
         missing = [run for run in self.plan() if not (run.lr and self.task(run, threads).done)]
         for line in self.estimate(missing, threads):

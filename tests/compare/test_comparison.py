@@ -74,7 +74,7 @@ def test_with_tune_the_first_seed_finds_the_rate_of_the_others(comparison, train
     write_json(tmp_path / "result.json", result)
     again = replace(tuned, out=tmp_path / "again", earlier=(tmp_path / "result.json",))
     assert again.run(said.append)["rows"] == result["rows"] and len(ran) == 10
-    assert said[-2:] == [f"{tmp_path / 'result.json'}: 10 of its 10 runs belong to this comparison", "0 runs"]
+    assert said[-2:] == [f"{tmp_path / 'result.json'}: 10 of its 10 runs have names of this comparison", "0 runs"]
 
 
 def test_every_variant_is_trained_with_every_optimiser_at_its_own_best_rate(comparison, train):
