@@ -219,8 +219,8 @@ class AttentionConfig:
             raise ValueError("moving_sinks without sinks: set sinks, or moving_sinks to False")
         if self.sinks and self.forget_gate:
             raise ValueError(
-                f"sinks {self.sinks} with a forget gate: they need the gates of all tokens since, and a window keeps "
-                "only its own; set sinks to 0, or do without the gate"
+                f"sinks {self.sinks} with a forget gate: a sink needs the gates of all later tokens, and a window "
+                "keeps only those of its own tokens; set sinks to 0, or do without the gate"
             )
         if self.forget_gate and self.kv_heads != self.heads:
             raise ValueError(
