@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from filelock import FileLock
@@ -30,12 +31,16 @@ def seed():
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+def root(tmp_path_factory) -> Path:
+    """The run's folder, the same for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # a worker's lies inside the run's
+
+
+@pytest.fixture(scope="session")
+def once(root, tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
     """`once(name, make)`: a file or folder written by `make(path)` for all workers. The first to ask makes it, others
     wait. A failure is not cached: the next to ask tries again."""
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent  # a worker's folder lies inside the run's
 
     def path(name: str, make: Callable[[Path], None]) -> Path:
         made = root / name
@@ -47,6 +52,22 @@ def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
         return made
 
     return path
+
+
+# A process of Ray imports for many seconds where cores are busy. After Ray's own five seconds Serve kills its proxy and
+# starts another, without end; Train gives its workers one minute.
+PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600"}
+
+
+@pytest.fixture(scope="module")
+def small_ray(root):
+    """Ray on this machine, two cores of it, without its dashboard. One at a time: other workers wait."""
+    import ray
+
+    with FileLock(root / "ray.lock"), mock.patch.dict(os.environ, PATIENCE):
+        ray.init(num_cpus=2, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import pytest
 
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'retentive[ray]'")
 
-import ray
 from ray import serve as ray_serve
 
 from retentive.serve.options import Options
@@ -27,17 +26,15 @@ GREEDY = {"temperature": 0, "max_tokens": 30}
 
 
 @pytest.fixture(scope="module")
-def url(runs, tmp_path_factory):
+def url(runs, small_ray, tmp_path_factory):
     """Starts two replicas of the RetNet and returns their address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    ray.init(num_cpus=2, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False)
     options = Options(slots=4, states=tmp_path_factory.mktemp("states"), cache=0)
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
     ray_serve.run(deployed(str(runs / "retnet"), options, cpus=0.5), name="retentive")
     yield f"http://127.0.0.1:{port}"
     ray_serve.shutdown()
-    ray.shutdown()
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Training in workers of Ray Train equals training in one process, and restarts if a worker dies."""
 
-import contextlib
 import json
 import os
 import signal
@@ -8,8 +7,6 @@ import signal
 import pytest
 
 pytest.importorskip("ray.train", reason="Ray is not installed: pip install 'retentive[ray]'")
-
-import ray
 
 from retentive.train import TrainRun
 from retentive.train.checkpoints import folders
@@ -22,20 +19,12 @@ pytestmark = [
 SMALL = {"dim": 32, "layers": 2, "heads": 2}
 
 
-@contextlib.contextmanager
-def small_ray():
-    """A Ray on this machine, without its dashboard."""
-    ray.init(num_cpus=2, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 def losses(folder) -> list[float]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def test_workers_train_as_one_process_does_and_are_started_again(packed, tmp_path, monkeypatch):
+def test_workers_train_as_one_process_does_and_are_started_again(small_ray, packed, tmp_path, monkeypatch):
     """One of two dies before batch 5, once: the other ends with it, and both resume from the checkpoint of step 3."""
     how = dict(size="1m", set=SMALL, batch=4, length=32, steps=6, precision="fp32", device="cpu", eval_every=0)
     how |= dict(save_every=3, resume=True)
@@ -58,8 +47,7 @@ def test_workers_train_as_one_process_does_and_are_started_again(packed, tmp_pat
             return Once()
 
     monkeypatch.chdir(tmp_path)
-    with small_ray():
-        assert fit(Dying.of(packed, "shared", **how, dp_shard=2), 2, cpus=0.5, restarts=1) == tmp_path / "shared"
+    assert fit(Dying.of(packed, "shared", **how, dp_shard=2), 2, cpus=0.5, restarts=1) == tmp_path / "shared"
     assert died.exists() and len(folders(tmp_path / "shared")) == 2
     want, have = losses(alone), losses(tmp_path / "shared")
     assert max(abs(a - b) for a, b in zip(want, have, strict=True)) < 1e-6  # float32's rounding
