@@ -296,9 +296,9 @@ KINDS = {
 
 
 def small(text: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """Rows of the hybrid and others with 1.6 M parameters on a text. Those on novels whose best rate three seeds chose
-    stand in place of those that the first seed chose."""
-    chosen = best("compare-hybrid-rates-novels", LATER) if text == "novels" else {}
+    """Rows of the hybrid and others with 1.6 M parameters on a text. On novels and source a later file has more rates
+    at every seed: its rows stand in place of the first file's."""
+    chosen = best(f"compare-hybrid-rates-{text}", LATER) if text != "pairs" else {}
     return best(f"compare-hybrid-{text}") | chosen
 
 
@@ -347,6 +347,21 @@ def which_larger() -> str:
     apart = [f"{r['difference']:.3f} ± {r['difference_half_width']:.3f}" for r in ahead.values()]
     return table(
         f"6 M parameters, bits per byte | {' | '.join(TEXTS.values())}", *lines, "difference | " + " | ".join(apart)
+    )
+
+
+def which_first() -> str:
+    """Bits per byte of a hybrid whose first block alone attends, beside the hybrid, at 1.6 M parameters."""
+    found = {text: best(f"compare-hybrid-first-{text}", LATER) for text in TEXTS}
+    names = {"hybrid": KINDS["hybrid"], "hybrid-first": "attention in the first block alone"}
+    lines = [
+        " | ".join([title, *(f"{rows['1m', name]['bits_per_byte']:.3f}" for rows in found.values())])
+        for name, title in names.items()
+    ]
+    apart = [rows["1m", "hybrid-first"] for rows in found.values()]
+    cells = [f"{r['difference']:+.3f} ± {r['difference_half_width']:.3f}" for r in apart]
+    return table(
+        f"1.6 M parameters, bits per byte | {' | '.join(TEXTS.values())}", *lines, " | ".join(["difference", *cells])
     )
 
 
