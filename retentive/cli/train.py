@@ -173,8 +173,11 @@ def line_of(error: Exception, path: Path) -> str:
     return inside[-1] if inside else str(path)
 
 
-def read_changes(items: Sequence[str]) -> dict[str, Any]:
+def read_changes(items: Sequence[str], beside: Sequence[str] = ()) -> dict[str, Any]:
     """Return fields of a model's config with their values, from FIELD=VALUE strings.
+
+    Args:
+        beside: other names that the option takes, so that a message can suggest them.
 
     Raises:
         ValueError: a field is unknown, or a value has the wrong type.
@@ -185,7 +188,7 @@ def read_changes(items: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"--set {item}: expected FIELD=VALUE, such as dropout=0.1")
         try:
-            known([name], FIELDS, "field")
+            known([name], (*beside, *FIELDS), "field")
         except ValueError as error:
             raise ValueError(f"--set {item}: {error}") from None
         changes[name] = read_value(item, text, FIELDS[name])

@@ -206,7 +206,7 @@ class AttentionConfig:
         if not isinstance(self.rotary_scaling, rotaries.Scaling | None):
             raise ValueError(f"rotary_scaling must be its fields or null, got {self.rotary_scaling!r}")
         if self.window is not None and self.window < 1:
-            raise ValueError(f"the window must be at least 1 token, or null for all before it, got {self.window}")
+            raise ValueError(f"the window must be at least 1 token, or null for all earlier tokens, got {self.window}")
         if self.sinks < 0:
             raise ValueError(f"sinks must be at least 0, got {self.sinks}")
         if self.sinks and self.window is None:
@@ -253,7 +253,7 @@ class ConvolutionConfig:
         check_fields(self)
         positive(self, "dim")
         if not 2 <= self.taps <= LONGEST:
-            raise ValueError(f"a convolution has from 2 to {LONGEST} taps, got {self.taps}")
+            raise ValueError(f"a convolution has from 2 to {LONGEST} taps (tokens that it mixes), got {self.taps}")
 
 
 @dataclass(frozen=True)

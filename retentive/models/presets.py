@@ -364,10 +364,13 @@ def mixed(
             f"attention_every must be from 2 to layers, {layers}, for blocks of both kinds to be there, got {every}"
         )
     places = set(range(every - 1, layers, every) if attention is None else attention)
-    if not places or not places <= set(range(layers)) or len(places) == layers:
-        raise ValueError(
-            f"attention must name at least one of the blocks 0 to {layers - 1}, but not all, got {sorted(places)}"
-        )
+    unknown = places - set(range(layers))
+    if unknown:
+        raise ValueError(f"attention names block {min(unknown)}, but the blocks are 0 to {layers - 1}")
+    if not 0 < len(places) < layers:
+        named, other = ("every block", "a Transformer") if places else ("no block", "a RetNet")
+        some = f"one or more of 0 to {layers - 1}, but not all"
+        raise ValueError(f"attention names {named}: name {some}, or take {other}")
     mixer = config.all_retention("a hybrid")
     attends = _twin_block(block, config.norm_eps)
     own = dict(window=attention_window, sinks=attention_sinks, rotary=attention_rotary, forget_gate=attention_forget)

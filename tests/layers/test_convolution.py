@@ -99,5 +99,5 @@ def test_a_new_layer_adds_nothing(refuses):
     made.reset_parameters()
     assert not call(made, torch.randn(1, T, D))[0].any()
     for taps in (1, 65):
-        with refuses(f"a convolution has from 2 to 64 taps, got {taps}"):
+        with refuses(f"a convolution has from 2 to 64 taps (tokens that it mixes), got {taps}"):
             ConvolutionConfig(D, taps)

@@ -58,10 +58,14 @@ def test_a_hybrid_attends_where_it_is_told(refuses):
     assert kinds == ("attention", "retention", "retention", "attention", "retention")
     gated = config_of("hybrid", "1m", vocab_size=99, attention=[1], attention_window=9, attention_forget=True)
     assert gated.attention.forget_gate and gated.attention.window == 9
-    with refuses("attention must name at least one of the blocks 0 to 4, but not all, got [5]"):
-        config_of("hybrid", "1m", vocab_size=99, attention=[5])
-    with refuses("attention must name at least one of the blocks 0 to 4, but not all, got []"):
+    with refuses("attention names block 5, but the blocks are 0 to 4"):
+        config_of("hybrid", "1m", vocab_size=99, attention=[0, 5])
+    with refuses("attention names block -1, but the blocks are 0 to 4"):
+        config_of("hybrid", "1m", vocab_size=99, attention=[-1])
+    with refuses("attention names no block: name one or more of 0 to 4, but not all, or take a RetNet"):
         config_of("hybrid", "1m", vocab_size=99, attention=[])
+    with refuses("attention names every block: name one or more of 0 to 4, but not all, or take a Transformer"):
+        config_of("hybrid", "1m", vocab_size=99, attention=range(5))
     with refuses("attention_every=2 counts them: give one"):
         config_of("hybrid", "1m", vocab_size=99, attention=[1], attention_every=2)
     with refuses("attention_every must be from 2 to layers, 5, for blocks of both kinds to be there, got 0"):
