@@ -311,6 +311,9 @@ def which() -> str:
         return f"{r['bits_per_byte']:.3f} ± {r['half_width']:.3f}" if r else "–"
 
     lines = [" | ".join([title, *(cell(text, name) for text in TEXTS)]) for name, title in KINDS.items()]
+    last = [rows["1m", "transformer-qk-norm-forget"] for rows in found.values()]
+    apart = [f"{r['difference']:.3f} ± {r['difference_half_width']:.3f}" for r in last]
+    lines.append(" | ".join(["hybrid ahead of the last, seed by seed", *apart]))
     return table(f"bits per byte | {' | '.join(TEXTS.values())}", *lines)
 
 
@@ -350,19 +353,22 @@ def which_larger() -> str:
     )
 
 
-def which_first() -> str:
-    """Bits per byte of a hybrid whose first block alone attends, beside the hybrid, at 1.6 M parameters."""
+def which_convolutions() -> str:
+    """Bits per byte of models with short convolutions, at 1.6 M parameters, and their differences from the hybrid."""
     found = {text: best(f"compare-hybrid-first-{text}", LATER) for text in TEXTS}
-    names = {"hybrid": KINDS["hybrid"], "hybrid-first": "attention in the first block alone"}
-    lines = [
-        " | ".join([title, *(f"{rows['1m', name]['bits_per_byte']:.3f}" for rows in found.values())])
-        for name, title in names.items()
-    ]
-    apart = [rows["1m", "hybrid-first"] for rows in found.values()]
-    cells = [f"{r['difference']:+.3f} ± {r['difference_half_width']:.3f}" for r in apart]
-    return table(
-        f"1.6 M parameters, bits per byte | {' | '.join(TEXTS.values())}", *lines, " | ".join(["difference", *cells])
-    )
+    names = {
+        "hybrid": KINDS["hybrid"],
+        "hybrid-first": "hybrid, attention in the first block alone",
+        "transformer-qk-norm-forget-convolution": "twin with QK-norm, a forget gate and short convolutions",
+        "retnet-convolution": "RetNet with short convolutions",
+    }
+
+    def cell(r: dict[str, Any]) -> str:
+        apart = f" ({r['difference']:+.3f} ± {r['difference_half_width']:.3f})" if r["variant"] != "hybrid" else ""
+        return f"{r['bits_per_byte']:.3f}{apart}"
+
+    lines = [" | ".join([title, *(cell(r["1m", name]) for r in found.values())]) for name, title in names.items()]
+    return table(f"1.6 M parameters, bits per byte | {' | '.join(TEXTS.values())}", *lines)
 
 
 def which_costs() -> str:
@@ -375,7 +381,7 @@ def which_costs() -> str:
         cells = [size(decoded[engine]["state_bytes"]), f"{1000 * decoded[engine]['seconds']:.1f} ms"]
         lines.append(" | ".join([title, *cells, f"{trained[model]['tokens_per_second']:,.0f}"]))
     lines.append(f"Llama of transformers | – | – | {trained['llama']['tokens_per_second']:,.0f}")
-    head = "model | 155 M in 4 bits: memory after 8,192 tokens | time per token there | "
+    head = "model | 155 M in 4 bits: memory of a sequence of 8,192 tokens | time per token there | "
     head += "6 M: training tokens/s, rows of 2,048"
     return table(head, *lines)
 
