@@ -26,7 +26,9 @@ from retentive.ops.transforms import transformed
 class Norm(ctypes.Structure):
     """struct Norm of c/rows.c."""
 
-    _fields_ = struct("rows n dtype y_dtype weight_dtype threads", "x weight dy y dx scale dweight", real="eps")
+    _fields_ = struct(
+        "rows n dtype y_dtype weight_dtype threads", "x more weight dsum dy sum y dx dmore scale dweight", real="eps"
+    )
 
 
 class Rotate(ctypes.Structure):
@@ -82,69 +84,100 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype | 
 
     Source: Zhang and Sennrich, arXiv 1910.07467.
     """
+    return add_norm(x, None, weight, eps, dtype or x.dtype)[1]
+
+
+def add_norm(
+    x: Tensor, more: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Returns (x + more, its `rms_norm` in `dtype`); (x, its norm) without `more`.
+
+    A residual stream and the input of a layer, in one pass over memory. So is the backward pass, which sums the
+    gradients of both. Separate sums would read and write the stream once more in each direction.
+    """
+    if more is not None and (more.dtype != dtype or torch.promote_types(x.dtype, dtype) != x.dtype):
+        x, more = x + more, None
     # compiled graphs and torch.func differentiate F.rms_norm themselves and cannot see inside _RMSNorm
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transformed():
-        return _RMSNorm.apply(x, weight, eps, dtype or x.dtype)
+        return _RMSNorm.apply(x, more, weight, eps, dtype)
     if compiled(x, weight):
-        return _normalise(x.contiguous(), weight, eps, None, dtype or x.dtype)
-    return F.rms_norm(x, (x.shape[-1],), weight, eps).to(dtype or x.dtype)
+        return _normalise(x, more, weight, eps, None, dtype)
+    x = x if more is None else x + more
+    return x, F.rms_norm(x, (x.shape[-1],), weight, eps).to(dtype)
 
 
-def _normalise(x: Tensor, weight: Tensor | None, eps: float, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Computes `rms_norm` by rows.c for contiguous x. `scale`, if given, gets each row's 1 / sqrt(mean(x^2) + eps)."""
-    y, n = torch.empty_like(x, dtype=dtype), x.shape[-1]
-    call = Norm(
+def _normalise(
+    x: Tensor, more: Tensor | None, weight: Tensor | None, eps: float, scale: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Computes `add_norm` by rows.c. `scale`, if given, gets each row's 1 / sqrt(mean(sum^2) + eps)."""
+    x = x.contiguous()
+    more, total = (None, x) if more is None else (more.contiguous(), torch.empty_like(x))
+    y = torch.empty_like(x, dtype=dtype)
+    _call("rms_norm", _norm(x, weight, dtype, eps=eps, more=more, sum=total, y=y, scale=scale))
+    return total, y
+
+
+def _norm(x: Tensor, weight: Tensor | None, dtype: torch.dtype, *, eps: float = 0.0, **places: Tensor | None) -> Norm:
+    """Returns the arguments of rows.c; `dtype` is that of y."""
+    n = x.shape[-1]
+    addresses = {name: None if t is None else t.data_ptr() for name, t in places.items()}
+    return Norm(
         x.numel() // n, n, DTYPES.index(x.dtype), DTYPES.index(dtype),
-        -1 if weight is None else DTYPES.index(weight.dtype),
-        torch.get_num_threads(), eps, x=x.data_ptr(), weight=None if weight is None else weight.data_ptr(),
-        y=y.data_ptr(), scale=None if scale is None else scale.data_ptr(),
+        -1 if weight is None else DTYPES.index(weight.dtype), torch.get_num_threads(), eps,
+        x=x.data_ptr(), weight=None if weight is None else weight.data_ptr(), **addresses,
     )  # fmt: skip
-    _call("rms_norm", call)
-    return y
 
 
 class _RMSNorm(torch.autograd.Function):
-    """RMSNorm with its own backward pass: autograd's takes twice the memory traffic (docs/LOG.md)."""
+    """`add_norm` with its own backward pass: autograd's takes twice the memory traffic (docs/LOG.md)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-        ctx.compiled = compiled(x, weight)
+    def forward(
+        ctx, x: Tensor, more: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.compiled, ctx.added, ctx.dtype = compiled(x, weight), more is not None, dtype
         if ctx.compiled:
-            x, scale = x.contiguous(), x.new_empty(x.shape[:-1], dtype=torch.float32)
-            y = _normalise(x, weight, eps, scale, dtype)
-            ctx.save_for_backward(x, scale[..., None], weight)
-            return y
+            scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
+            total, y = _normalise(x, more, weight, eps, scale, dtype)
+            ctx.save_for_backward(total, scale[..., None], weight)
+            return total, y
         wide = torch.promote_types(x.dtype, torch.float32)
+        x = x if more is None else x + more
         # norm summed in float32 without the float32 copy of x that x.float().square().mean() makes
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, scale, weight)
         y = x * scale
-        return (y if weight is None else y.mul_(weight)).to(dtype)
+        return x, (y if weight is None else y.mul_(weight)).to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, dsum: Tensor | None, grad: Tensor | None):
         x, scale, weight = ctx.saved_tensors
+        if grad is None:
+            return dsum, dsum.to(ctx.dtype) if ctx.added and dsum is not None else None, None, None, None
         if ctx.compiled:
-            grad, dx, n, threads = grad.contiguous(), torch.empty_like(x), x.shape[-1], torch.get_num_threads()
+            grad, dx = grad.contiguous(), torch.empty_like(x)
+            dmore = torch.empty_like(x, dtype=ctx.dtype) if ctx.added else None
             # one row per thread, zeroed by C and summed in order: no atomics, so the result is deterministic
-            sums = None if weight is None else torch.empty(threads, n, dtype=torch.float64)
-            call = Norm(
-                x.numel() // n, n, DTYPES.index(x.dtype), DTYPES.index(grad.dtype),
-                -1 if weight is None else DTYPES.index(weight.dtype), threads,
-                x=x.data_ptr(), weight=None if weight is None else weight.data_ptr(), dy=grad.data_ptr(),
-                dx=dx.data_ptr(), scale=scale.data_ptr(), dweight=None if sums is None else sums.data_ptr(),
-            )  # fmt: skip
-            _call("rms_norm_backward", call)
-            return dx, None if weight is None or sums is None else sums.sum(0).to(weight.dtype), None, None
+            sums = (
+                torch.empty(torch.get_num_threads(), x.shape[-1], dtype=torch.float64) if weight is not None else None
+            )
+            dsum = None if dsum is None else dsum.contiguous()
+            places = {"dsum": dsum, "dy": grad, "dx": dx, "dmore": dmore, "scale": scale, "dweight": sums}
+            _call("rms_norm_backward", _norm(x, weight, ctx.dtype, **places))
+            grad_weight = None if weight is None or sums is None else sums.sum(0).to(weight.dtype)
+            return dx, dmore, grad_weight, None, None
         y = x * scale
         grad_weight = None
         if weight is not None:
             grad_weight = (grad * y).flatten(0, -2).sum(0).to(weight.dtype)
             grad = grad.to(scale.dtype) * weight
         along = (grad * y).mean(-1, keepdim=True)  # the part along x only changes its length, which the norm removes
-        return y.mul_(along).neg_().add_(grad).mul_(scale).to(x.dtype), grad_weight, None, None
+        dx = y.mul_(along).neg_().add_(grad).mul_(scale).to(x.dtype)
+        dx = dx if dsum is None else dx + dsum
+        return dx, dx.to(ctx.dtype) if ctx.added else None, grad_weight, None, None
 
 
 # ---- rotation ----

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from retentive.ops import cpu as cpu_module
 from retentive.ops import rotary, rows
-from retentive.ops.rows import ACTIVATIONS, convolve, gated, rms_norm, rotate, softmax_loss
+from retentive.ops.rows import ACTIVATIONS, add_norm, convolve, gated, rms_norm, rotate, softmax_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
@@ -78,6 +78,49 @@ def test_a_norm_rounded_to_another_dtype_is_the_norm_then_rounded(shape, same):
     same(test, want, 1e-6)  # sums of float32 in any order
     with torch.no_grad():
         same(rms_norm(x, weight, 1e-5, torch.bfloat16), want[0], 4e-3)  # PyTorch may round one number otherwise
+
+
+ROUNDED = {"fp32": 1e-6, "bf16": 8e-3, "fp16": 1e-3}
+"""A rounding more or less: half a unit in the last place, twice."""
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["more", "alone"])
+@pytest.mark.parametrize("shape", [(7, 5), (2, 150, 70)], ids=str)
+@pytest.mark.parametrize(("stream", "inner"), [("fp32",) * 2, ("fp32", "bf16"), ("bf16",) * 2, ("fp16",) * 2])
+def test_a_norm_beside_its_residual_stream_is_the_sum_and_its_norm(stream, inner, shape, given, same):
+    x, dsum = (torch.randn(shape).to(DTYPES[stream]).requires_grad_() for _ in range(2))
+    more, dy = (torch.randn(shape).to(DTYPES[inner]).requires_grad_() for _ in range(2))
+    weight = torch.randn(shape[-1]).to(DTYPES[stream]).requires_grad_()
+
+    def apart():
+        total = x + more if given else x
+        return total, rms_norm(total, weight, 1e-5, DTYPES[inner])
+
+    leaves = [x, weight, more][: 3 if given else 2]
+    got, want = add_norm(x, more if given else None, weight, 1e-5, DTYPES[inner]), apart()
+    same(got[0].detach(), want[0].detach(), 0)
+    same(got[1].detach(), want[1].detach(), 0)
+    assert [y.dtype for y in got] == [y.dtype for y in want]
+    for used in (slice(0, 2), slice(0, 1), slice(1, 2)):  # a result that nobody uses has no gradient
+        test, plain = (
+            torch.autograd.grad(y[used], leaves, (dsum, dy)[used], True, allow_unused=True) for y in (got, want)
+        )
+        for name, one, other in zip(("x", "weight", "more"), test, plain, strict=False):
+            assert (one is None) == (other is None), name
+            if one is not None:
+                assert one.dtype == other.dtype
+                same(one, other, ROUNDED[inner if name == "more" else stream] * (1 if name != "weight" else 10))
+    with torch.no_grad():
+        got = add_norm(x, more if given else None, weight, 1e-5, DTYPES[inner])
+        same(got[0], want[0].detach(), 0)
+        same(got[1], want[1].detach(), ROUNDED[inner])
+
+
+def test_a_sum_of_a_wider_dtype_than_its_stream_is_pytorchs(same):
+    x, more = torch.randn(4, 6).bfloat16(), torch.randn(4, 6)
+    total, y = add_norm(x, more, None, 1e-5, torch.float32)
+    same(total, x + more, 0)
+    same(y, rms_norm(x + more, None, 1e-5), 0)
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ static void decay_both(const Call *c, const Decays *d, i64 rows, i64 count, floa
             store(score + j, P), store(dscore + j, dD * D);
             if (i < count) sum += x, store(dG + j, load(dG + j) - x);
         }
-        for (int l = 0; l < LANES && i < count; l++) dG[i] += sum[l];
+        if (i < count) dG[i] += sum_of(sum);
     }
 }
 
@@ -106,9 +106,16 @@ static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64
             float x = d->end[i] * dot(s->k + i * K, s->out + i * K, K);
             s->dG[i] -= x, kept += x;
         }
-        for (i64 r = 0; r < V; r++) /* row by row: one sum over all would add K V numbers in float32 */
-            for (i64 n = 0; n < K; n += NC) /* the last panel may be half full */
-                kept += d->total[0] * dot(s->ST[g] + n * V + r * NC, s->dST + n * V + r * NC, smaller(NC, K - n));
+        double all[LANES] = {0};
+        for (i64 r = 0; r < V; r++) { /* row by row: one sum over all would add K V numbers in float32 */
+            vf row = {0};
+            for (i64 k = 0; k < K; k += LANES) {
+                i64 at = k / NC * NC * V + r * NC + k % NC;
+                row += load(s->ST[g] + at) * load(s->dST + at);
+            }
+            for (int l = 0; l < LANES; l++) all[l] += row[l];
+        }
+        for (int l = 0; l < LANES; l++) kept += d->total[0] * all[l];
         s->dG[count - 1] += (float)kept;
         float sum = 0;
         for (i64 i = count - 1; i >= 0; i--) c->dlog_decay[(t + i) * c->H + h] = sum += s->dG[i];

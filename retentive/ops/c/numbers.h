@@ -34,6 +34,7 @@ INLINE i64 larger(i64 a, i64 b) { return a > b ? a : b; }
 INLINE i64 round_up(i64 a, i64 b) { return (a + b - 1) / b * b; }
 
 /* dtype: 0 float32, 1 bfloat16, 2 float16 */
+enum { BYTES = 3 }; /* a dtype of states */
 
 INLINE float from_bf16(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -118,12 +119,86 @@ static inline void write_rows(i64 dtype, const float *from, i64 width, i64 rows,
     }
 }
 
+/* n numbers as floats, zeros after them; n is at most what a vector has lanes for, and `dtype` a constant */
+INLINE vf some_of(const int dtype, const void *p, i64 n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    __mmask16 there = (__mmask16)((1u << n) - 1);
+    if (dtype == BYTES) return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(there, p)));
+    if (dtype == 2) return (vf)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, p));
+    if (dtype == 1) return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, p)), 16);
+    return (vf)_mm512_maskz_loadu_ps(there, p);
+#endif
+    float x[LANES] = {0};
+    if (dtype == BYTES)
+        for (i64 i = 0; i < n; i++) x[i] = ((const int8_t *)p)[i];
+    else read_row(dtype, p, n, x, n);
+    return load(x);
+}
+
+/* as many as there are lanes */
+INLINE vf all_of(const int dtype, const void *p) {
+    if (dtype == 0) return load((const float *)p);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if (dtype == BYTES) return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+    if (dtype == 1) return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+#elif defined(__SSE2__) && !defined(__AVX__)
+    if (dtype == BYTES) {
+        int32_t four;
+        memcpy(&four, p, 4);
+        __m128i x = _mm_cvtsi32_si128(four), twice = _mm_unpacklo_epi8(x, x);
+        return (vf)_mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpacklo_epi16(twice, twice), 24));
+    }
+    if (dtype == 1) return (vf)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)p));
+#endif
+    return some_of(dtype, p, LANES);
+}
+
+/* writes n numbers, at most what a vector has lanes for */
+INLINE void set_some(const int dtype, vf x, void *p, i64 n) {
+    float row[LANES];
+    store(row, x);
+    write_rows(dtype, row, LANES, 1, n, p, n);
+}
+
+INLINE void set_all(const int dtype, vf x, void *p) {
+    if (dtype == 0) store((float *)p, x);
+#ifdef __AVX512BF16__
+    else if (dtype == 1) _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#endif
+    else set_some(dtype, x, p, LANES);
+}
+
+/* elements of a row of n, from j on */
+INLINE vf read_at(const int dtype, const void *row, i64 j, i64 n) {
+    const void *p = element(row, dtype, j);
+    return j + LANES <= n ? all_of(dtype, p) : some_of(dtype, p, n - j);
+}
+
+INLINE void write_at(const int dtype, vf x, void *row, i64 j, i64 n) {
+    void *p = (void *)element(row, dtype, j);
+    if (j + LANES <= n) set_all(dtype, x, p);
+    else set_some(dtype, x, p, n - j);
+}
+
+/* the sum of a vector's lanes, by halves */
+INLINE float sum_of(vf x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x);
+#endif
+    float all[LANES];
+    store(all, x);
+#pragma GCC unroll 4
+    for (int width = LANES / 2; width; width /= 2)
+#pragma GCC unroll 8
+        for (int n = 0; n < width; n++) all[n] += all[n + width];
+    return all[0];
+}
+
 static inline float dot(const float *a, const float *b, i64 n) {
     vf sum = {0};
     i64 j = 0;
     for (; j + LANES <= n; j += LANES) sum += load(a + j) * load(b + j);
-    float all = 0;
-    for (int i = 0; i < LANES; i++) all += sum[i];
+    float all = sum_of(sum);
     for (; j < n; j++) all += a[j] * b[j];
     return all;
 }
@@ -145,4 +220,21 @@ INLINE float exp_of(float x) { /* for x <= 0, to 1 ulp; plain arithmetic, so tha
     float power;
     memcpy(&power, &bits, 4);
     return x < -87.0f ? 0.0f : p * power;
+}
+
+INLINE vf exps_of(vf x) { /* exp_of each lane */
+    vf least = splat(-87.0f);
+    vi below = x < least;
+    vf y = (vf)(((vi)x & ~below) | ((vi)least & below));
+    vf n = (y * splat(1.44269504f) + splat(12582912.0f)) - splat(12582912.0f);
+    vf r = (y - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + splat(1.3981999507e-3f);
+    p = p * r + splat(8.3334519073e-3f);
+    p = p * r + splat(4.1665795894e-2f);
+    p = p * r + splat(1.6666665459e-1f);
+    p = p * r + splat(5.0000001201e-1f);
+    p = p * r * r + r + splat(1.0f);
+    vf power = (vf)((__builtin_convertvector(n, vi) + 127) << 23);
+    return (vf)((vi)(p * power) & ~below);
 }

@@ -11,10 +11,10 @@ the number of threads.
 enum { FEW = 1 << 14 }; /* numbers below which waking further threads costs more than they save */
 
 typedef struct {
-    i64 rows, n, dtype, y_dtype, weight_dtype, threads; /* y_dtype: of y and dy; weight_dtype: -1 without weight */
+    i64 rows, n, dtype, y_dtype, weight_dtype, threads; /* y_dtype: of y and `more`; weight_dtype: -1 without weight */
     double eps;
-    const void *x, *weight, *dy;
-    void *y, *dx;
+    const void *x, *more, *weight, *dsum, *dy; /* backward: x is the sum */
+    void *sum, *y, *dx, *dmore;                /* with `more`: sum = x + more is normalised */
     float *scale;    /* [rows] */
     double *dweight; /* [threads][n], double since it sums many rows */
 } Norm;
@@ -50,67 +50,97 @@ typedef struct {
 
 static int threads_for(i64 threads, i64 numbers) { return numbers < FEW ? 1 : (int)threads; }
 
-/* returns 0, or 1 if memory ran out */
-int rms_norm(const Norm *c) {
-    int failed = 0;
-#pragma omp parallel num_threads(threads_for(c->threads, c->rows * c->n))
-    {
-        i64 n = c->n, bytes = n * size_of(c->dtype), y_bytes = n * size_of(c->y_dtype);
-        float *x = malloc(2 * n * 4), *weight = x + n;
-        if (x && c->weight_dtype >= 0) read_row(c->weight_dtype, c->weight, n, weight, n);
-        if (!x) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(static)
-        for (i64 row = 0; row < c->rows; row++) {
-            if (!x) continue;
-            read_row(c->dtype, (const char *)c->x + row * bytes, n, x, n);
-            float scale = 1 / sqrtf(dot(x, x, n) / n + (float)c->eps);
-            if (c->weight_dtype >= 0)
-                for (i64 j = 0; j < n; j++) x[j] = x[j] * scale * weight[j];
-            else
-                for (i64 j = 0; j < n; j++) x[j] *= scale;
-            write_rows(c->y_dtype, x, n, 1, n, (char *)c->y + row * y_bytes, n);
-            if (c->scale) c->scale[row] = scale;
-        }
-        free(x);
+enum { TOGETHER = 8 }; /* tokens whose gradients of a weight are summed in float32 */
+
+INLINE void norm_row(const int dtype, const int y_dtype, const Norm *c, const float *weight, i64 row) {
+    i64 n = c->n;
+    const void *x = element(c->x, dtype, row * n), *more = element(c->more, y_dtype, row * n);
+    void *y = (void *)element(c->y, y_dtype, row * n), *sum = (void *)element(c->sum, dtype, row * n);
+    vf squares = {0};
+    for (i64 j = 0; c->more && j < n; j += LANES)
+        write_at(dtype, read_at(dtype, x, j, n) + read_at(y_dtype, more, j, n), sum, j, n);
+    if (c->more) x = sum; /* as it was rounded */
+    for (i64 j = 0; j < n; j += LANES) {
+        vf part = read_at(dtype, x, j, n);
+        squares += part * part;
     }
-    return failed;
+    float scale = 1 / sqrtf(sum_of(squares) / n + (float)c->eps);
+    for (i64 j = 0; j < n; j += LANES)
+        write_at(y_dtype, read_at(dtype, x, j, n) * splat(scale) * load(weight + j), y, j, n);
+    if (c->scale) c->scale[row] = scale;
 }
 
-int rms_norm_backward(const Norm *c) {
-    int failed = 0;
-    i64 n = c->n, bytes = n * size_of(c->dtype), y_bytes = n * size_of(c->y_dtype);
-    int threads = threads_for(c->threads, c->rows * n);
-    if (c->dweight) memset(c->dweight, 0, c->threads * n * 8);
+/* `few` [n] gets what the row adds to the gradient of the weight, unless it is NULL */
+INLINE void norm_row_backward(const int dtype, const int y_dtype, const Norm *c, const float *weight, i64 row,
+                              float *few) {
+    i64 n = c->n;
+    const void *x = element(c->x, dtype, row * n), *dy = element(c->dy, y_dtype, row * n);
+    const void *dsum = element(c->dsum, dtype, row * n);
+    void *dx = (void *)element(c->dx, dtype, row * n), *dmore = (void *)element(c->dmore, y_dtype, row * n);
+    vf scale = splat(c->scale[row]), sum = {0};
+    for (i64 j = 0; j < n; j += LANES) {
+        vf part = read_at(dtype, x, j, n) * scale * read_at(y_dtype, dy, j, n);
+        sum += part * load(weight + j);
+        if (few) store(few + j, load(few + j) + part);
+    }
+    vf along = splat(sum_of(sum) / n); /* the gradient's part along x, which only changes its length */
+    for (i64 j = 0; j < n; j += LANES) {
+        vf y = read_at(dtype, x, j, n) * scale, d = read_at(y_dtype, dy, j, n) * load(weight + j);
+        d = (d - along * y) * scale;
+        if (c->dsum) d += read_at(dtype, dsum, j, n);
+        write_at(dtype, d, dx, j, n);
+        if (c->dmore) write_at(y_dtype, d, dmore, j, n);
+    }
+}
+
+/* returns the weight, or ones, and then zeros for `few`, [n] each and padded with zeros; NULL if memory ran out */
+static float *norm_space(const Norm *c) {
+    i64 n = round_up(c->n, LANES);
+    float *weight = calloc(2 * n, 4);
+    for (i64 j = 0; weight && c->weight_dtype < 0 && j < c->n; j++) weight[j] = 1;
+    if (weight && c->weight_dtype >= 0) read_row(c->weight_dtype, c->weight, c->n, weight, c->n);
+    return weight;
+}
+
+INLINE void norm_rows(const int dtype, const int y_dtype, const Norm *c, int backward, const float *weight, i64 row,
+                      i64 last, float *few) {
+    for (; row < last; row++) {
+        if (backward) norm_row_backward(dtype, y_dtype, c, weight, row, few);
+        else norm_row(dtype, y_dtype, c, weight, row);
+    }
+}
+
+static int norm(const Norm *c, int backward) {
+    int failed = 0, threads = threads_for(c->threads, c->rows * c->n);
+    if (c->dweight) memset(c->dweight, 0, c->threads * c->n * 8);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (i64 part = 0; part < threads; part++) {
-        float *y = malloc(3 * n * 4), *dy = y + n, *weight = dy + n;
-        double *sum = c->dweight ? c->dweight + part * n : NULL;
-        if (!y) {
+        float *weight = norm_space(c);
+        double *sum = c->dweight ? c->dweight + part * c->n : NULL;
+        if (!weight) {
 #pragma omp atomic write
             failed = 1;
             continue;
         }
-        if (c->weight_dtype >= 0) read_row(c->weight_dtype, c->weight, n, weight, n);
-        for (i64 row = c->rows * part / threads; row < c->rows * (part + 1) / threads; row++) {
-            float scale = c->scale[row];
-            read_row(c->dtype, (const char *)c->x + row * bytes, n, y, n);
-            read_row(c->y_dtype, (const char *)c->dy + row * y_bytes, n, dy, n);
-            for (i64 j = 0; j < n; j++) y[j] *= scale;
-            if (sum)
-                for (i64 j = 0; j < n; j++) sum[j] += dy[j] * y[j];
-            if (c->weight_dtype >= 0)
-                for (i64 j = 0; j < n; j++) dy[j] *= weight[j];
-            float along = dot(dy, y, n) / n; /* the gradient's part along x, which only changes its length */
-            for (i64 j = 0; j < n; j++) y[j] = (dy[j] - along * y[j]) * scale;
-            write_rows(c->dtype, y, n, 1, n, (char *)c->dx + row * bytes, n);
+        float *few = weight + round_up(c->n, LANES);
+        i64 end = c->rows * (part + 1) / threads;
+        for (i64 row = c->rows * part / threads, last; row < end; row = last) {
+            last = smaller(row + TOGETHER, end);
+            float *add = sum ? few : NULL;
+            if (c->dtype == 0 && c->y_dtype == 0) norm_rows(0, 0, c, backward, weight, row, last, add);
+            else if (c->dtype == 0 && c->y_dtype == 1) norm_rows(0, 1, c, backward, weight, row, last, add);
+            else if (c->dtype == 1 && c->y_dtype == 1) norm_rows(1, 1, c, backward, weight, row, last, add);
+            else norm_rows((int)c->dtype, (int)c->y_dtype, c, backward, weight, row, last, add);
+            for (i64 j = 0; sum && j < c->n; j++) sum[j] += few[j], few[j] = 0;
         }
-        free(y);
+        free(weight);
     }
     return failed;
 }
+
+/* both return 0, or 1 if memory ran out */
+int rms_norm(const Norm *c) { return norm(c, 0); }
+int rms_norm_backward(const Norm *c) { return norm(c, 1); }
 
 INLINE i64 place(i64 rows, i64 token, i64 T) { return rows == 1 ? 0 : rows == T ? token % T : token; }
 
@@ -157,121 +187,108 @@ INLINE i64 taps_before(const Convolve *c, i64 t) {
     return since < c->n - 1 ? since : c->n - 1;
 }
 
-enum { SLAB = 1024, TOGETHER = 64 }; /* features at a time, whose rows stay in the cache; tokens summed in float32 */
-
-static void weights_of(const Convolve *c, i64 at, i64 D, float *weight) {
-    i64 size = size_of(c->weight_dtype);
-    for (i64 i = 0; i < c->n; i++)
-        read_row(c->weight_dtype, (const char *)c->weight + (i * c->D + at) * size, D, weight + i * D, D);
-}
-
-static void convolve_slab(const Convolve *c, i64 at, i64 D, i64 first, i64 last, float *space) {
-    i64 n = c->n, size = size_of(c->dtype), bytes = c->D * size, from = at * size;
-    float *y = space, *weight = y + D, *x = weight + n * D;
-    weights_of(c, at, D, weight);
-    for (i64 t = first < n ? 0 : first - n + 1; t < last; t++) { /* token t is row t % n of x */
-        float *own = x + t % n * D;
-        read_row(c->dtype, (const char *)c->x + t * bytes + from, D, own, D);
-        if (t < first) continue;
-        for (i64 j = 0; j < D; j++) y[j] = own[j] * weight[(n - 1) * D + j];
-        for (i64 i = taps_before(c, t); i > 0; i--) {
-            const float *w = weight + (n - 1 - i) * D, *before = x + (t - i) % n * D;
-            for (i64 j = 0; j < D; j++) y[j] += w[j] * before[j];
-        }
-        write_rows(c->dtype, y, D, 1, D, (char *)c->y + t * bytes + from, D);
+INLINE void convolve_token(const int dtype, const Convolve *c, i64 t, const float *weight, i64 wide) {
+    i64 n = c->n, D = c->D, taps = taps_before(c, t);
+    for (i64 j = 0; j < D; j += LANES) {
+        vf y = read_at(dtype, element(c->x, dtype, t * D), j, D) * load(weight + (n - 1) * wide + j);
+        for (i64 i = taps; i > 0; i--)
+            y += load(weight + (n - 1 - i) * wide + j) * read_at(dtype, element(c->x, dtype, (t - i) * D), j, D);
+        write_at(dtype, y, (void *)element(c->y, dtype, t * D), j, D);
     }
 }
 
-static void convolve_slab_backward(const Convolve *c, i64 at, i64 D, i64 first, i64 last, double *sums, float *space) {
-    i64 n = c->n, size = size_of(c->dtype), bytes = c->D * size, from = at * size;
-    float *dx = space, *weight = dx + D, *x = weight + n * D, *dy = x + n * D, *few = dy + n * D;
-    memset(few, 0, n * D * 4);
-    weights_of(c, at, D, weight);
-    for (i64 t = first < n ? 0 : first - n + 1; t < first; t++)
-        read_row(c->dtype, (const char *)c->x + t * bytes + from, D, x + t % n * D, D);
-    for (i64 t = first; t < first + n - 1 && t < c->tokens; t++)
-        read_row(c->dtype, (const char *)c->dy + t * bytes + from, D, dy + t % n * D, D);
-    for (i64 t = first; t < last; t++) { /* x holds the n rows up to t, dy those from t on */
-        i64 ahead = t + n - 1, taps = taps_before(c, t);
-        const float *own = dy + t % n * D;
-        read_row(c->dtype, (const char *)c->x + t * bytes + from, D, x + t % n * D, D);
-        if (ahead < c->tokens) read_row(c->dtype, (const char *)c->dy + ahead * bytes + from, D, dy + ahead % n * D, D);
-        for (i64 j = 0; j < D; j++) dx[j] = own[j] * weight[(n - 1) * D + j];
-        for (i64 i = 1; i < n && t + i < c->tokens && taps_before(c, t + i) >= i; i++) {
-            const float *w = weight + (n - 1 - i) * D, *after = dy + (t + i) % n * D;
-            for (i64 j = 0; j < D; j++) dx[j] += w[j] * after[j];
-        }
-        write_rows(c->dtype, dx, D, 1, D, (char *)c->dx + t * bytes + from, D);
+/* `few` [n][wide] gets what the token adds to the gradient of the weight */
+INLINE void convolve_token_backward(const int dtype, const Convolve *c, i64 t, const float *weight, i64 wide,
+                                    float *few) {
+    i64 n = c->n, D = c->D, taps = taps_before(c, t), after = 0; /* later tokens that t is a tap of */
+    while (after + 1 < n && t + after + 1 < c->tokens && taps_before(c, t + after + 1) > after) after++;
+    for (i64 j = 0; j < D; j += LANES) {
+        vf dy = read_at(dtype, element(c->dy, dtype, t * D), j, D), dx = dy * load(weight + (n - 1) * wide + j);
+        for (i64 i = 1; i <= after; i++)
+            dx += load(weight + (n - 1 - i) * wide + j) * read_at(dtype, element(c->dy, dtype, (t + i) * D), j, D);
+        write_at(dtype, dx, (void *)element(c->dx, dtype, t * D), j, D);
         for (i64 i = 0; i <= taps; i++) {
-            float *sum = few + (n - 1 - i) * D;
-            const float *before = x + (t - i) % n * D;
-            for (i64 j = 0; j < D; j++) sum[j] += own[j] * before[j];
+            float *sum = few + (n - 1 - i) * wide + j;
+            store(sum, load(sum) + dy * read_at(dtype, element(c->x, dtype, (t - i) * D), j, D));
         }
-        if (t + 1 < last && (t + 1 - first) % TOGETHER) continue;
-        for (i64 i = 0; i < n; i++)
-            for (i64 j = 0; j < D; j++) sums[i * c->D + at + j] += few[i * D + j];
-        memset(few, 0, n * D * 4);
     }
+}
+
+INLINE void convolve_tokens(const int dtype, const Convolve *c, i64 t, i64 last, const float *weight, i64 wide,
+                            float *few) {
+    for (; t < last; t++)
+        if (c->dweight) convolve_token_backward(dtype, c, t, weight, wide, few);
+        else convolve_token(dtype, c, t, weight, wide);
 }
 
 /* both directions: the backward one if there are sums of the weights' gradients */
 int convolve(const Convolve *c) {
     int failed = 0, threads = threads_for(c->threads, c->tokens * c->D);
-    if (c->dweight) memset(c->dweight, 0, c->threads * c->n * c->D * 8);
+    i64 n = c->n, D = c->D, wide = round_up(D, LANES);
+    if (c->dweight) memset(c->dweight, 0, c->threads * n * D * 8);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (i64 part = 0; part < threads; part++) {
-        i64 first = c->tokens * part / threads, last = c->tokens * (part + 1) / threads;
-        float *space = malloc((4 * c->n + 1) * SLAB * 4);
-        if (!space) {
+        i64 end = c->tokens * (part + 1) / threads;
+        double *sum = c->dweight ? c->dweight + part * n * D : NULL;
+        float *weight = calloc(2 * n * wide, 4);
+        if (!weight) {
 #pragma omp atomic write
             failed = 1;
             continue;
         }
-        for (i64 at = 0; at < c->D; at += SLAB) {
-            i64 D = c->D - at < SLAB ? c->D - at : SLAB;
-            if (c->dweight) convolve_slab_backward(c, at, D, first, last, c->dweight + part * c->n * c->D, space);
-            else convolve_slab(c, at, D, first, last, space);
+        float *few = weight + n * wide;
+        for (i64 i = 0; i < n; i++)
+            read_row(c->weight_dtype, element(c->weight, c->weight_dtype, i * D), D, weight + i * wide, wide);
+        for (i64 t = c->tokens * part / threads, last; t < end; t = last) {
+            last = smaller(t + TOGETHER, end);
+            if (c->dtype == 0) convolve_tokens(0, c, t, last, weight, wide, few);
+            else if (c->dtype == 1) convolve_tokens(1, c, t, last, weight, wide, few);
+            else convolve_tokens(2, c, t, last, weight, wide, few);
+            for (i64 i = 0; sum && i < n; i++)
+                for (i64 j = 0; j < D; j++) sum[i * D + j] += few[i * wide + j], few[i * wide + j] = 0;
         }
-        free(space);
+        free(weight);
     }
     return failed;
 }
 
-INLINE float sigmoid_of(float x) {
-    float e = exp_of(-fabsf(x)), own = 1 / (1 + e), other = e * own; /* of |x|, of -|x| */
-    return x < 0 ? other : own;
+INLINE vf sigmoids_of(vf x) {
+    vi sign = (int32_t)0x80000000 + (vi){0}, negative = (vi)x >> 31;
+    vf e = exps_of((vf)((vi)x | sign)), own = splat(1.0f) / (splat(1.0f) + e), other = e * own; /* of |x|, of -|x| */
+    return (vf)(((vi)other & negative) | ((vi)own & ~negative));
+}
+
+INLINE void gate_part(const int dtype, const int swish, const Gated *c, i64 at, i64 n) {
+    const void *G = element(c->g, dtype, at), *X = element(c->x, dtype, at), *D = element(c->dy, dtype, at);
+    void *y = (void *)element(c->y, dtype, at);
+    void *dg = (void *)element(c->dg, dtype, at), *dx = (void *)element(c->dx, dtype, at);
+    for (i64 j = 0; j < n; j += LANES) {
+        vf g = read_at(dtype, G, j, n), x = read_at(dtype, X, j, n), s = sigmoids_of(g);
+        if (!c->dy) {
+            write_at(dtype, swish ? x * s * g : x * s, y, j, n);
+            continue;
+        }
+        vf dy = read_at(dtype, D, j, n), slope = s * (splat(1.0f) - s), d = dy * x;
+        write_at(dtype, dy * (swish ? g * s : s), dx, j, n);
+        write_at(dtype, d * (swish ? s + g * slope : slope), dg, j, n);
+    }
 }
 
 /* both directions: the backward one if there is a gradient */
 void gated(const Gated *c) {
     enum { PART = 512 }; /* numbers at a time. Those of the next part arrive while this one is computed */
     i64 size = size_of(c->dtype);
-    int swish = c->swish != 0;
 #pragma omp parallel for schedule(static) num_threads(threads_for(c->threads, c->numbers))
     for (i64 at = 0; at < c->numbers; at += PART) {
-        float g[PART], x[PART], dy[PART];
-        i64 n = smaller(PART, c->numbers - at), begin = at * size, next = begin + PART * size;
+        i64 n = smaller(PART, c->numbers - at), next = (at + PART) * size;
         for (i64 j = 0; j < PART * size; j += 64) {
             __builtin_prefetch((const char *)c->g + next + j);
             __builtin_prefetch((const char *)c->x + next + j);
             if (c->dy) __builtin_prefetch((const char *)c->dy + next + j);
         }
-        read_row(c->dtype, (const char *)c->g + begin, n, g, n);
-        read_row(c->dtype, (const char *)c->x + begin, n, x, n);
-        if (!c->dy) {
-            for (i64 j = 0; j < n; j++) x[j] *= sigmoid_of(g[j]);
-            for (i64 j = 0; swish && j < n; j++) x[j] *= g[j];
-            write_rows(c->dtype, x, n, 1, n, (char *)c->y + begin, n);
-            continue;
-        }
-        read_row(c->dtype, (const char *)c->dy + begin, n, dy, n);
-        for (i64 j = 0; j < n; j++) {
-            float s = sigmoid_of(g[j]), slope = s * (1 - s), d = dy[j] * x[j];
-            x[j] = dy[j] * (swish ? g[j] * s : s);
-            g[j] = d * (swish ? s + g[j] * slope : slope);
-        }
-        write_rows(c->dtype, g, n, 1, n, (char *)c->dg + begin, n);
-        write_rows(c->dtype, x, n, 1, n, (char *)c->dx + begin, n);
+        if (c->dtype == 1 && c->swish) gate_part(1, 1, c, at, n);
+        else if (c->dtype == 1) gate_part(1, 0, c, at, n);
+        else gate_part((int)c->dtype, c->swish != 0, c, at, n);
     }
 }
 

@@ -15,7 +15,6 @@ typedef struct {
     i64 *written, *folded;    /* [B] */
 } Step;
 
-enum { BYTES = 3 }; /* a state_dtype */
 #ifdef __wasm__
 enum { MAY_BE_NARROW = 0 }; /* states of fewer bits: a page downloads its engine, whose states are float32 */
 #else
@@ -35,49 +34,6 @@ typedef struct { /* the part of a full ring that is folded into the state: S = k
     float *k, *v_panels; /* [tokens][K], weighted; operand for the V columns */
     float kept[8];       /* one number, repeated */
 } Fold;
-
-/* n numbers as floats, zeros after them; n is at most what a vector has lanes for, and `dtype` a constant */
-INLINE vf some_of(const int dtype, const char *p, i64 n) {
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-    __mmask16 there = (__mmask16)((1u << n) - 1);
-    if (dtype == BYTES) return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(there, p)));
-    if (dtype == 2) return (vf)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, p));
-    if (dtype == 1) return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, p)), 16);
-    return (vf)_mm512_maskz_loadu_ps(there, p);
-#endif
-    float x[LANES] = {0};
-    if (dtype == BYTES)
-        for (i64 i = 0; i < n; i++) x[i] = ((const int8_t *)p)[i];
-    else read_row(dtype, p, n, x, n);
-    return load(x);
-}
-
-/* as many as there are lanes */
-INLINE vf all_of(const int dtype, const char *p) {
-    if (dtype == 0) return load((const float *)p);
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    if (dtype == BYTES) return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
-    if (dtype == 1) return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
-#elif defined(__SSE2__) && !defined(__AVX__)
-    if (dtype == BYTES) {
-        int32_t four;
-        memcpy(&four, p, 4);
-        __m128i x = _mm_cvtsi32_si128(four), twice = _mm_unpacklo_epi8(x, x);
-        return (vf)_mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpacklo_epi16(twice, twice), 24));
-    }
-    if (dtype == 1) return (vf)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)p));
-#endif
-    return some_of(dtype, p, LANES);
-}
-
-/* the sum of a vector's lanes, by halves */
-INLINE float sum_of(vf x) {
-    float all[LANES];
-    store(all, x);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int n = 0; n < width; n++) all[n] += all[n + width];
-    return all[0];
-}
 
 /* Returns 1 if a step that only reads should prefetch the state, two blocks of eight rows ahead. Intel's hardware
    prefetcher restarts at every 4 kB page; AMD's follows by itself and does better without help (docs/LOG.md). */

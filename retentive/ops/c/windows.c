@@ -146,7 +146,7 @@ INLINE void fade_row(const Space *s, i64 i, Seen at, float *x) {
 /* completes the scores of row i: scaled, faded, -infinity for tokens that it does not see */
 INLINE void finish_row(const Call *c, const Space *s, i64 i, Seen at, float *x) {
     vf scale = splat((float)c->scale), none = splat(-INFINITY);
-    for (i64 j = at.begin; j < at.end; j += LANES) store(x + j, load(x + j) * scale);
+    for (i64 j = at.begin; c->scale != 1 && j < at.end; j += LANES) store(x + j, load(x + j) * scale);
     if (c->log_f) fade_row(s, i, at, x);
     for (i64 j = at.begin; j < at.first; j++) x[j] = none[0];
     for (i64 j = at.last + 1; j < at.end; j++) x[j] = none[0];
@@ -155,19 +155,22 @@ INLINE void finish_row(const Call *c, const Space *s, i64 i, Seen at, float *x) 
 /* x = exp(x - less) in the columns seen, 0 in all others; returns their sum */
 INLINE float exp_row(const Space *s, const Block *b, Seen at, float less, float *x) {
     vf sum = {0};
-    float all = 0;
-    for (i64 j = at.begin; j < at.end; j++) x[j] = exp_of(x[j] - less);
-    for (i64 j = at.begin; j < at.end; j += LANES) sum += load(x + j);
-    for (int l = 0; l < LANES; l++) all += sum[l];
+    for (i64 j = at.begin; j < at.end; j += LANES) {
+        vf y = exps_of(load(x + j) - splat(less));
+        store(x + j, y), sum += y;
+    }
     memset(x + b->first, 0, (at.begin - b->first) * 4), memset(x + at.end, 0, (s->wide - at.end) * 4);
-    return all;
+    return sum_of(sum);
 }
 
 INLINE float largest(Seen at, const float *x) {
-    float most[LANES], top = -INFINITY;
-    for (int l = 0; l < LANES; l++) most[l] = top;
-    for (i64 j = at.begin; j < at.end; j += LANES)
-        for (int l = 0; l < LANES; l++) most[l] = x[j + l] > most[l] ? x[j + l] : most[l];
+    vf most = splat(-INFINITY);
+    float top = -INFINITY;
+    for (i64 j = at.begin; j < at.end; j += LANES) {
+        vf y = load(x + j);
+        vi more = y > most;
+        most = (vf)(((vi)y & more) | ((vi)most & ~more));
+    }
     for (int l = 0; l < LANES; l++) top = most[l] > top ? most[l] : top;
     return top;
 }
@@ -235,22 +238,20 @@ static void block_backward(const Call *c, Space *s, const Block *b, i64 head) {
     memset(lost, 0, wide * 4);
     for (i64 i = 0; i < b->count; i++) {
         Seen at = seen_by(c, s, b, i);
-        float *P = s->score + i * wide, *dP = s->dscore + i * wide, along = 0, own = 0;
+        float *P = s->score + i * wide, *dP = s->dscore + i * wide, along;
         finish_row(c, s, i, at, P);
         exp_row(s, b, at, c->lse[head * tokens + b->t + i], P);
         for (i64 j = at.last + 1; j < at.end; j++) dP[j] = 0; /* was not computed: may be NaN, and 0 times NaN is NaN */
         vf sum = {0}, scale = splat((float)c->scale);
         for (i64 j = at.begin; j < at.end; j += LANES) sum += load(P + j) * load(dP + j);
-        for (int l = 0; l < LANES; l++) along += sum[l];
-        sum = (vf){0};
+        along = sum_of(sum), sum = (vf){0};
         for (i64 j = at.begin; j < at.end; j += LANES) {
             vf ds = load(P + j) * (load(dP + j) - splat(along));
             sum += ds;
             store(lost + j, load(lost + j) + ds);
             store(dP + j, ds * scale);
         }
-        for (int l = 0; l < LANES; l++) own += sum[l];
-        if (dlog_f) dlog_f[b->t + i] += own;
+        if (dlog_f) dlog_f[b->t + i] += sum_of(sum);
         memset(dP + b->first, 0, (at.begin - b->first) * 4), memset(dP + at.end, 0, (wide - at.end) * 4);
     }
     if (dlog_f)
