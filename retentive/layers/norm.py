@@ -6,7 +6,7 @@ Source: Zhang and Sennrich, arXiv 1910.07467. Used before each sublayer, and ove
 import torch
 from torch import Tensor, nn
 
-from retentive.ops.rows import rms_norm
+from retentive.ops.rows import add_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -24,6 +24,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, self._dtype(x))
+
+    def branch(self, x: Tensor, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns (x + more, its norm): the residual stream, and the input of the next layer. One pass over memory."""
+        return add_norm(x, more, self.weight, self.eps, self._dtype(x))
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         """Returns the dtype of the result."""

@@ -46,7 +46,7 @@ class Block(nn.Module):
         return self.get_submodule(self.kind)
 
     @property
-    def mixer_norm(self) -> nn.Module:
+    def mixer_norm(self) -> Any:
         """Norm before the mixer."""
         return self.get_submodule(f"{self.kind}_norm")
 
@@ -56,11 +56,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, memory: Any, positions: Positions, phases: Any) -> tuple[Tensor, Any]:
         """Returns (x `[B,T,D]`, the mixer's memory in its layer's form: `Memory.layer`)."""
-        y, memory = self.mixer(self.mixer_norm(x), memory, positions, phases)
-        x = x + F.dropout(y, self.dropout, self.training)
+        x, h = self.mixer_norm.branch(x)
+        y, memory = self.mixer(h, memory, positions, phases)
+        y = F.dropout(y, self.dropout, self.training)
         if self.ffn is not None and self.ffn_norm is not None:
-            x = x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
-        return x, memory
+            x, h = self.ffn_norm.branch(x, y)
+            y = F.dropout(self.ffn(h), self.dropout, self.training)
+        return x + y, memory
 
     def reset_parameters(self) -> None:
         self.mixer.reset_parameters()
