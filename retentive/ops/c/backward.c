@@ -20,13 +20,10 @@ static void states_of_group(const Call *c, Space *s, i64 h, i64 t, i64 end, i64 
         if (c->pair) pair_panels(s->ST[g], V, K, s->ST_panels[g]);
         if (g + 1 == c->group || t + C >= end) break;
         set_decays(c, &s->decays, t, h, C);
-        READ(k, k_stride, t, C, c->K, s->k, K, C);
-        READ(v, v_stride, t, C, c->V, s->v, V, C);
-        scale_rows(s->k, C, K, s->decays.end);
-        as_panels(c->pair, s->k, K, C, K, s->kend_panels);
-        as_panels(c->pair, s->v, V, C, V, s->v_panels);
         i64 units = c->pair ? C / 2 : C;
-        Operand v_panels = {s->v_panels, units}, kend_panels = {s->kend_panels, units};
+        Given k = GIVEN(k, k_stride, t, C, c->K), v = GIVEN(v, v_stride, t, C, c->V);
+        Operand v_panels = {given_panels(c, v, NULL, C, V, s->v_panels), units};
+        Operand kend_panels = {given_panels(c, k, s->decays.end, C, K, s->kend_panels), units};
         multiply_transposed(c, FULL, V, K, units, v_panels, kend_panels, s->ST[g], s->decays.total,
                             (Result){s->ST[g + 1], NC, V * NC});
     }
@@ -65,24 +62,31 @@ static void decay_both(const Call *c, const Decays *d, i64 rows, i64 count, floa
     }
 }
 
+/* row i of a `rows` operand of `width` numbers, times y */
+static float row_dot(const Call *c, Operand rows, i64 i, const float *y, i64 width) {
+    const float *row = rows.p + i * rows.depth;
+    vf sum = {0};
+    for (i64 j = 0; j < width; j += LANES)
+        sum += (c->pair ? all_of(1, (const uint16_t *)row + j) : load(row + j)) * load(y + j);
+    return sum_of(sum);
+}
+
 static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64 g) {
     i64 C = c->C, K = s->K, V = s->V, rows = padded(c, count), units = c->pair ? rows / 2 : rows;
     i64 Ku = c->pair ? K / 2 : K, Vu = c->pair ? V / 2 : V, Cu = c->pair ? C / 2 : C;
     const Decays *d = &s->decays;
     set_decays(c, &s->decays, t, h, count);
-    READ(q, q_stride, t, count, c->K, s->q, K, rows);
-    READ(k, k_stride, t, count, c->K, s->k, K, rows);
-    READ(v, v_stride, t, count, c->V, s->v, V, rows);
-    READ(dout, do_stride, t, count, c->V, s->dout, V, rows);
-    Operand q_rows = {as_rows(c->pair, s->q, rows, K, s->q_rows), Ku};
-    Operand v_rows = {as_rows(c->pair, s->v, rows, V, s->v_rows), Vu};
-    Operand dout_rows = {as_rows(c->pair, s->dout, rows, V, s->dout_rows), Vu};
-    as_panels_of_transpose(as_rows(c->pair, s->k, rows, K, s->k_rows), Ku, rows, Ku, s->kT_panels, Ku);
+    Given q = GIVEN(q, q_stride, t, count, c->K), k = GIVEN(k, k_stride, t, count, c->K);
+    Given v = GIVEN(v, v_stride, t, count, c->V), dout = GIVEN(dout, do_stride, t, count, c->V);
+    Operand q_rows = {given_rows(c, q, NULL, rows, K, s->q_rows), Ku};
+    Operand k_rows = {given_rows(c, k, NULL, rows, K, s->k_rows), Ku};
+    Operand v_rows = {given_rows(c, v, NULL, rows, V, s->v_rows), Vu};
+    Operand dout_rows = {given_rows(c, dout, NULL, rows, V, s->dout_rows), Vu};
+    as_panels_of_transpose(k_rows.p, Ku, rows, Ku, s->kT_panels, Ku);
     as_panels_of_transpose(v_rows.p, Vu, rows, Vu, s->vT_panels, Vu);
-    as_panels(c->pair, s->q, K, rows, K, s->q_panels);
-    as_panels(c->pair, s->k, K, rows, K, s->k_panels);
-    as_panels(c->pair, s->dout, V, rows, V, s->dout_panels);
-    Operand q_panels = {s->q_panels, units}, k_panels = {s->k_panels, units}, dout_panels = {s->dout_panels, units};
+    Operand q_panels = {given_panels(c, q, NULL, rows, K, s->q_panels), units};
+    Operand k_panels = {given_panels(c, k, NULL, rows, K, s->k_panels), units};
+    Operand dout_panels = {given_panels(c, dout, NULL, rows, V, s->dout_panels), units};
 
     multiply(c, LOWER, rows, rows, Ku, q_rows, (Operand){s->kT_panels, Ku}, NULL, NULL, (Result){s->score, C, NC});
     multiply(c, LOWER, rows, rows, Vu, dout_rows, (Operand){s->vT_panels, Vu}, NULL, NULL, (Result){s->dscore, C, NC});
@@ -95,7 +99,7 @@ static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64
     Result dq = {s->out, K, NC}, dk = dq, dv = {s->out, V, NC};
     multiply(c, FULL, rows, K, Vu, dout_rows, (Operand){s->ST_panels[g], Vu}, NULL, NULL, dq);
     if (c->per_token)
-        for (i64 i = 0; i < count; i++) s->dG[i] += d->start[i] * dot(s->q + i * K, s->out + i * K, K);
+        for (i64 i = 0; i < count; i++) s->dG[i] += d->start[i] * row_dot(c, q_rows, i, s->out + i * K, K);
     multiply(c, UP_TO_ROW, rows, K, units, dscore_rows, k_panels, s->out, d->start, dq);
     WRITE(dq, s->out, K, t, count, c->K);
 
@@ -103,7 +107,7 @@ static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64
     if (c->per_token) {
         double kept = 0; /* <S, dS>, the sum of elementwise products */
         for (i64 i = 0; i < count; i++) {
-            float x = d->end[i] * dot(s->k + i * K, s->out + i * K, K);
+            float x = d->end[i] * row_dot(c, k_rows, i, s->out + i * K, K);
             s->dG[i] -= x, kept += x;
         }
         double all[LANES] = {0};
@@ -123,15 +127,13 @@ static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64
     multiply_transposed(c, FROM_ROW, rows, K, units, (Operand){s->dscore_panels, units}, q_panels, s->out, d->end, dk);
     WRITE(dk, s->out, K, t, count, c->K);
 
-    scale_rows(s->k, rows, K, d->end);
-    Operand kend_rows = {as_rows(c->pair, s->k, rows, K, s->kend_rows), Ku};
+    Operand kend_rows = {given_rows(c, k, d->end, rows, K, s->kend_rows), Ku};
     multiply(c, FULL, rows, V, Ku, kend_rows, (Operand){s->dS_panels, Ku}, NULL, NULL, dv);
     multiply_transposed(c, FROM_ROW, rows, V, units, (Operand){s->score_panels, units}, dout_panels, s->out, NULL, dv);
     WRITE(dv, s->out, V, t, count, c->V);
 
-    scale_rows(s->q, rows, K, d->start);
-    as_panels(c->pair, s->q, K, rows, K, s->qstart_panels);
-    multiply_transposed(c, FULL, K, V, units, (Operand){s->qstart_panels, units}, dout_panels, s->dS, d->total,
+    Operand qstart_panels = {given_panels(c, q, d->start, rows, K, s->qstart_panels), units};
+    multiply_transposed(c, FULL, K, V, units, qstart_panels, dout_panels, s->dS, d->total,
                         (Result){s->dS, NC, K * NC});
     operands_of_dS(c, s);
 }

@@ -72,17 +72,12 @@ static void decay_scores(const Call *c, const Decays *d, i64 rows, float *score)
     }
 }
 
-static void scale_rows(float *x, i64 rows, i64 width, const float *factor) {
-    for (i64 i = 0; i < rows; i++, x += width)
-        for (i64 j = 0; j < width; j++) x[j] *= factor[i];
-}
-
 /* ---- work space of a thread ---- */
 
 typedef struct {
     i64 K, V; /* padded */
     Decays decays;
-    float *q, *k, *v, *dout, *out, *score, *dscore;                        /* rows */
+    float *out, *score, *dscore;                                            /* rows */
     float *q_rows, *k_rows, *v_rows, *dout_rows, *score_rows, *dscore_rows; /* operands */
     float *q_panels, *k_panels, *v_panels, *dout_panels, *score_panels, *dscore_panels, *kT_panels, *vT_panels;
     float *kend_rows, *kend_panels, *qstart_panels, *S_panels, *dS_panels, *dST_panels;
@@ -99,16 +94,15 @@ static char *arrange(const Call *c, int backward, Space *s, char *at) {
     d->wide = wide, d->count = 0;
     d->start = take(&at, C), d->end = take(&at, C), d->since = take(&at, C);
     d->total = take(&at, wide), d->lag = take(&at, 2 * C);
-    s->q = take(&at, CK), s->q_rows = take(&at, CK);
-    s->k = take(&at, CK), s->k_rows = take(&at, CK), s->kT_panels = take(&at, CK), s->kend_panels = take(&at, CK);
-    s->v = take(&at, CV), s->v_panels = take(&at, CV), s->out = take(&at, CK > CV ? CK : CV);
+    s->q_rows = take(&at, CK), s->k_rows = take(&at, CK), s->kT_panels = take(&at, CK);
+    s->kend_panels = take(&at, CK), s->v_panels = take(&at, CV), s->out = take(&at, CK > CV ? CK : CV);
     s->score = take(&at, CC), s->score_rows = take(&at, CC);
     s->S = take(&at, KV), s->S_panels = c->pair ? take(&at, KV / 2) : s->S;
     if (!backward) return at;
     s->q_panels = take(&at, CK), s->qstart_panels = take(&at, CK);
     s->k_panels = take(&at, CK), s->kend_rows = take(&at, CK);
     s->v_rows = take(&at, CV), s->vT_panels = take(&at, CV);
-    s->dout = take(&at, CV), s->dout_rows = take(&at, CV), s->dout_panels = take(&at, CV);
+    s->dout_rows = take(&at, CV), s->dout_panels = take(&at, CV);
     s->score_panels = take(&at, CC), s->dscore = take(&at, CC);
     s->dscore_rows = take(&at, CC), s->dscore_panels = take(&at, CC), s->dG = take(&at, C);
     s->dS = take(&at, KV), s->dS_panels = c->pair ? take(&at, KV / 2) : s->dS;
@@ -169,8 +163,87 @@ INLINE void multiply_transposed(const Call *c, Shape shape, i64 M, i64 N, i64 un
     (c->pair ? product_pairs_transposed : product_floats_transposed)(shape, M, N, units, A, B, from, beta, to);
 }
 
-/* READ: head h of an input as padded rows from token t on. WRITE: the reverse, to a contiguous result [tokens,H,n] */
-#define READ(x, stride, t, count, n, to, width, rows)                                                          \
-    read_rows(c->dtype, element(c->x, c->dtype, (t) * c->stride + h * (n)), c->stride, count, n, to, width, rows)
+/* ---- operands of inputs ---- */
+
+typedef struct { const void *at; i64 stride, count, n; } Given; /* `count` rows of n elements, `stride` apart */
+
+/* head h of an input, from token t on */
+#define GIVEN(x, stride, t, count, n) (Given){element(c->x, c->dtype, (t) * c->stride + h * (n)), c->stride, count, n}
+
+/* A vector of row i from element j on, times the row's factor unless there are none; zeros outside. `whole`: it lies
+   inside. */
+INLINE vf given_vector(const int dtype, int whole, Given x, i64 i, i64 j, const float *factor) {
+    if (!whole && (i >= x.count || j >= x.n)) return (vf){0};
+    const void *row = element(x.at, dtype, i * x.stride);
+    vf y = whole ? all_of(dtype, element(row, dtype, j)) : read_at(dtype, row, j, x.n);
+    return factor ? y * splat(factor[i]) : y;
+}
+
+/* bfloat16 as it is */
+static void copied_rows(Given x, i64 rows, i64 width, uint16_t *to) {
+    for (i64 i = 0; i < rows; i++, to += width) {
+        i64 n = i < x.count ? x.n : 0;
+        if (n) memcpy(to, (const uint16_t *)x.at + i * x.stride, n * 2);
+        memset(to + n, 0, (width - n) * 2);
+    }
+}
+
+INLINE void row_vector(int pair, const int dtype, int whole, Given x, const float *factor, i64 i, i64 j, float *to) {
+    vf y = given_vector(dtype, whole, x, i, j, factor);
+    if (pair) set_all(1, y, (uint16_t *)to + j);
+    else store(to + j, y);
+}
+
+INLINE void rows_from(int pair, const int dtype, Given x, const float *factor, i64 rows, i64 width, float *to) {
+    for (i64 i = 0; i < rows; i++, to += pair ? width / 2 : width) {
+        i64 j = 0;
+        for (; i < x.count && j + LANES <= x.n; j += LANES) row_vector(pair, dtype, 1, x, factor, i, j, to);
+        for (; j < width; j += LANES) row_vector(pair, dtype, 0, x, factor, i, j, to);
+    }
+}
+
+INLINE void panel_vector(int pair, const int dtype, int whole, Given x, const float *factor, i64 i, i64 j, float *to) {
+    vf y = given_vector(dtype, whole, x, i, j, factor);
+    if (pair) {
+        vf next = given_vector(dtype, whole, x, i + 1, j, factor);
+        y = factor ? pair_up(y, next) : pair_exact(y, next);
+    }
+    store(to, y);
+}
+
+INLINE void panels_from(int pair, const int dtype, Given x, const float *factor, i64 rows, i64 width, float *to) {
+    i64 step = pair ? 2 : 1;
+    for (i64 column = 0; column < width; column += NC) {
+        i64 i = 0, n = smaller(NC, width - column), whole = column + NC <= x.n ? x.count : 0;
+        for (; i + step <= whole; i += step, to += NC) {
+            panel_vector(pair, dtype, 1, x, factor, i, column, to);
+            panel_vector(pair, dtype, 1, x, factor, i, column + LANES, to + LANES);
+        }
+        for (; i < rows; i += step, to += NC)
+            for (i64 j = 0; j < n; j += LANES) panel_vector(pair, dtype, 0, x, factor, i, column + j, to + j);
+    }
+}
+
+/* makes the `rows` operand of an input, [rows][width], with zeros where it ends */
+static const float *given_rows(const Call *c, Given x, const float *factor, i64 rows, i64 width, float *to) {
+    if (c->pair && factor) rows_from(1, 1, x, factor, rows, width, to);
+    else if (c->pair) copied_rows(x, rows, width, (uint16_t *)to);
+    else if (c->dtype == 0) rows_from(0, 0, x, factor, rows, width, to);
+    else if (c->dtype == 1) rows_from(0, 1, x, factor, rows, width, to);
+    else rows_from(0, 2, x, factor, rows, width, to);
+    return to;
+}
+
+/* makes its `panels` operand, summed over rows */
+static const float *given_panels(const Call *c, Given x, const float *factor, i64 rows, i64 width, float *to) {
+    if (c->pair && factor) panels_from(1, 1, x, factor, rows, width, to);
+    else if (c->pair) panels_from(1, 1, x, NULL, rows, width, to);
+    else if (c->dtype == 0) panels_from(0, 0, x, factor, rows, width, to);
+    else if (c->dtype == 1) panels_from(0, 1, x, factor, rows, width, to);
+    else panels_from(0, 2, x, factor, rows, width, to);
+    return to;
+}
+
+/* writes a head's rows from token t on, to a contiguous result [tokens,H,n] */
 #define WRITE(x, from, width, t, count, n) \
     write_rows(c->dtype, from, width, count, n, (void *)element(c->x, c->dtype, ((t) * c->H + h) * (n)), c->H * (n))

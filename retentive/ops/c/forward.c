@@ -20,13 +20,12 @@ static void forward_head(const Call *c, Space *s, i64 n, i64 h) {
         if (c->checkpoints && chunk % c->group == 0)
             write_state(c, s, s->S, c->checkpoints + ((c->first_checkpoint[n] + chunk / c->group) * c->H + h) * KV);
         set_decays(c, &s->decays, t, h, count);
-        READ(q, q_stride, t, count, c->K, s->q, K, rows);
-        READ(k, k_stride, t, count, c->K, s->k, K, rows);
-        READ(v, v_stride, t, count, c->V, s->v, V, rows);
-        Operand q_rows = {as_rows(c->pair, s->q, rows, K, s->q_rows), Ku};
-        as_panels_of_transpose(as_rows(c->pair, s->k, rows, K, s->k_rows), Ku, rows, Ku, s->kT_panels, Ku);
-        as_panels(c->pair, s->v, V, rows, V, s->v_panels);
-        Operand v_panels = {s->v_panels, units};
+        Given q = GIVEN(q, q_stride, t, count, c->K), k = GIVEN(k, k_stride, t, count, c->K);
+        Given v = GIVEN(v, v_stride, t, count, c->V);
+        Operand q_rows = {given_rows(c, q, NULL, rows, K, s->q_rows), Ku};
+        as_panels_of_transpose(given_rows(c, k, NULL, rows, K, s->k_rows), Ku, rows, Ku, s->kT_panels, Ku);
+        Operand v_panels = {given_panels(c, v, NULL, rows, V, s->v_panels), units};
+        Operand kend_panels = {given_panels(c, k, s->decays.end, rows, K, s->kend_panels), units};
 
         multiply(c, LOWER, rows, rows, Ku, q_rows, (Operand){s->kT_panels, Ku}, NULL, NULL, (Result){s->score, C, NC});
         decay_scores(c, &s->decays, rows, s->score);
@@ -36,9 +35,7 @@ static void forward_head(const Call *c, Space *s, i64 n, i64 h) {
         multiply(c, UP_TO_ROW, rows, V, units, score_rows, v_panels, s->out, s->decays.start, o);
         WRITE(o, s->out, V, t, count, c->V);
 
-        scale_rows(s->k, rows, K, s->decays.end);
-        as_panels(c->pair, s->k, K, rows, K, s->kend_panels);
-        multiply_transposed(c, FULL, K, V, units, (Operand){s->kend_panels, units}, v_panels, s->S, s->decays.total,
+        multiply_transposed(c, FULL, K, V, units, kend_panels, v_panels, s->S, s->decays.total,
                             (Result){s->S, NC, K * NC});
         if (c->pair) pair_panels(s->S, K, V, s->S_panels);
     }

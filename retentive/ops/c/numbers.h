@@ -22,6 +22,7 @@ enum { AHEAD = 16 };
 
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int64_t i64;
 #define INLINE static inline __attribute__((always_inline))
 

@@ -46,17 +46,28 @@ INLINE void pair_row(const float *x, i64 cols, float *to) {
     write_bf16(x, cols, (uint16_t *)to);
 }
 
+/* pairs up two vectors element by element, rounded */
+INLINE vf pair_up(vf a, vf b) {
+#ifdef __AVX512BF16__
+    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
+    __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
+    return (vf)(low | _mm512_slli_epi32(high, 16));
+#endif
+    for (int i = 0; i < LANES; i++) {
+        uint32_t unit = to_bf16(a[i]) | (uint32_t)to_bf16(b[i]) << 16;
+        memcpy((float *)&a + i, &unit, 4);
+    }
+    return a;
+}
+
+/* the same for numbers that are bfloat16 already */
+INLINE vf pair_exact(vf a, vf b) { return (vf)(((vu)a >> 16) | ((vu)b & 0xffff0000u)); }
+
 /* pairs up two rows element by element: 2 x [n] -> units [n] */
 INLINE void pair_rows(const float *a, const float *b, i64 n, float *to) {
-    i64 j = 0;
-#ifdef __AVX512BF16__
-    for (; j + 16 <= n; j += 16) {
-        __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(a + j)));
-        __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(b + j)));
-        _mm512_storeu_si512(to + j, low | _mm512_slli_epi32(high, 16));
-    }
-#endif
-    for (; j < n; j++) ((uint32_t *)to)[j] = to_bf16(a[j]) | (uint32_t)to_bf16(b[j]) << 16;
+    i64 whole = n / LANES * LANES;
+    for (i64 j = 0; j < whole; j += LANES) store(to + j, pair_up(load(a + j), load(b + j)));
+    for (i64 j = whole; j < n; j++) ((uint32_t *)to)[j] = to_bf16(a[j]) | (uint32_t)to_bf16(b[j]) << 16;
 }
 
 /* returns the `rows` operand of x [rows][cols]: x itself, or its pairs in `to` */
