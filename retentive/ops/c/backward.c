@@ -113,8 +113,8 @@ static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64
         double all[LANES] = {0};
         for (i64 r = 0; r < V; r++) { /* row by row: one sum over all would add K V numbers in float32 */
             vf row = {0};
-            for (i64 k = 0; k < K; k += LANES) {
-                i64 at = k / NC * NC * V + r * NC + k % NC;
+            for (i64 j = 0; j < K; j += LANES) {
+                i64 at = j / NC * NC * V + r * NC + j % NC;
                 row += load(s->ST[g] + at) * load(s->dST + at);
             }
             for (int l = 0; l < LANES; l++) all[l] += row[l];

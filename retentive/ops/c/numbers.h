@@ -206,17 +206,20 @@ static inline float dot(const float *a, const float *b, i64 n) {
 
 INLINE float bounded(float log_decay) { return log_decay < -100 ? -100 : log_decay; } /* blocked.FORGOTTEN; NaN stays */
 
+/* exp(y) = p 2^n for -87 <= y <= 0, n whole; of a number or a vector */
+#define EXP_PARTS(type, y, n, p)                                               \
+    type n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;                    \
+    type rest = (y - n * 0.693359375f) - n * -2.12194440e-4f;                  \
+    type p = rest * 1.9875691500e-4f + 1.3981999507e-3f;                       \
+    p = p * rest + 8.3334519073e-3f;                                           \
+    p = p * rest + 4.1665795894e-2f;                                           \
+    p = p * rest + 1.6666665459e-1f;                                           \
+    p = p * rest + 5.0000001201e-1f;                                           \
+    p = p * rest * rest + rest + 1.0f;
+
 INLINE float exp_of(float x) { /* for x <= 0, to 1 ulp; plain arithmetic, so that loops over it vectorise */
     float y = x < -87.0f ? -87.0f : x;
-    float n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;
-    float r = (y - n * 0.693359375f) - n * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    EXP_PARTS(float, y, n, p)
     uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
     float power;
     memcpy(&power, &bits, 4);
@@ -227,15 +230,7 @@ INLINE vf exps_of(vf x) { /* exp_of each lane */
     vf least = splat(-87.0f);
     vi below = x < least;
     vf y = (vf)(((vi)x & ~below) | ((vi)least & below));
-    vf n = (y * splat(1.44269504f) + splat(12582912.0f)) - splat(12582912.0f);
-    vf r = (y - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
-    vf p = splat(1.9875691500e-4f);
-    p = p * r + splat(1.3981999507e-3f);
-    p = p * r + splat(8.3334519073e-3f);
-    p = p * r + splat(4.1665795894e-2f);
-    p = p * r + splat(1.6666665459e-1f);
-    p = p * r + splat(5.0000001201e-1f);
-    p = p * r * r + r + splat(1.0f);
+    EXP_PARTS(vf, y, n, p)
     vf power = (vf)((__builtin_convertvector(n, vi) + 127) << 23);
     return (vf)((vi)(p * power) & ~below);
 }
