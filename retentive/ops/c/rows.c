@@ -54,12 +54,16 @@ enum { TOGETHER = 8 }; /* tokens whose gradients of a weight are summed in float
 
 INLINE void norm_row(const int dtype, const int y_dtype, const Norm *c, const float *weight, i64 row) {
     i64 n = c->n;
-    const void *x = element(c->x, dtype, row * n), *more = element(c->more, y_dtype, row * n);
-    void *y = (void *)element(c->y, y_dtype, row * n), *sum = (void *)element(c->sum, dtype, row * n);
+    const void *x = element(c->x, dtype, row * n);
+    void *y = (void *)element(c->y, y_dtype, row * n);
     vf squares = {0};
-    for (i64 j = 0; c->more && j < n; j += LANES)
-        write_at(dtype, read_at(dtype, x, j, n) + read_at(y_dtype, more, j, n), sum, j, n);
-    if (c->more) x = sum; /* as it was rounded */
+    if (c->more) {
+        const void *more = element(c->more, y_dtype, row * n);
+        void *sum = (void *)element(c->sum, dtype, row * n);
+        for (i64 j = 0; j < n; j += LANES)
+            write_at(dtype, read_at(dtype, x, j, n) + read_at(y_dtype, more, j, n), sum, j, n);
+        x = sum; /* as it was rounded */
+    }
     for (i64 j = 0; j < n; j += LANES) {
         vf part = read_at(dtype, x, j, n);
         squares += part * part;
@@ -75,8 +79,9 @@ INLINE void norm_row_backward(const int dtype, const int y_dtype, const Norm *c,
                               float *few) {
     i64 n = c->n;
     const void *x = element(c->x, dtype, row * n), *dy = element(c->dy, y_dtype, row * n);
-    const void *dsum = element(c->dsum, dtype, row * n);
-    void *dx = (void *)element(c->dx, dtype, row * n), *dmore = (void *)element(c->dmore, y_dtype, row * n);
+    const void *dsum = c->dsum ? element(c->dsum, dtype, row * n) : NULL;
+    void *dx = (void *)element(c->dx, dtype, row * n);
+    void *dmore = c->dmore ? (void *)element(c->dmore, y_dtype, row * n) : NULL;
     vf scale = splat(c->scale[row]), sum = {0};
     for (i64 j = 0; j < n; j += LANES) {
         vf part = read_at(dtype, x, j, n) * scale * read_at(y_dtype, dy, j, n);
@@ -87,9 +92,9 @@ INLINE void norm_row_backward(const int dtype, const int y_dtype, const Norm *c,
     for (i64 j = 0; j < n; j += LANES) {
         vf y = read_at(dtype, x, j, n) * scale, d = read_at(y_dtype, dy, j, n) * load(weight + j);
         d = (d - along * y) * scale;
-        if (c->dsum) d += read_at(dtype, dsum, j, n);
+        if (dsum) d += read_at(dtype, dsum, j, n);
         write_at(dtype, d, dx, j, n);
-        if (c->dmore) write_at(y_dtype, d, dmore, j, n);
+        if (dmore) write_at(y_dtype, d, dmore, j, n);
     }
 }
 
@@ -259,18 +264,16 @@ INLINE vf sigmoids_of(vf x) {
 }
 
 INLINE void gate_part(const int dtype, const int swish, const Gated *c, i64 at, i64 n) {
-    const void *G = element(c->g, dtype, at), *X = element(c->x, dtype, at), *D = element(c->dy, dtype, at);
-    void *y = (void *)element(c->y, dtype, at);
-    void *dg = (void *)element(c->dg, dtype, at), *dx = (void *)element(c->dx, dtype, at);
+    const void *G = element(c->g, dtype, at), *X = element(c->x, dtype, at);
     for (i64 j = 0; j < n; j += LANES) {
         vf g = read_at(dtype, G, j, n), x = read_at(dtype, X, j, n), s = sigmoids_of(g);
         if (!c->dy) {
-            write_at(dtype, swish ? x * s * g : x * s, y, j, n);
+            write_at(dtype, swish ? x * s * g : x * s, (void *)element(c->y, dtype, at), j, n);
             continue;
         }
-        vf dy = read_at(dtype, D, j, n), slope = s * (splat(1.0f) - s), d = dy * x;
-        write_at(dtype, dy * (swish ? g * s : s), dx, j, n);
-        write_at(dtype, d * (swish ? s + g * slope : slope), dg, j, n);
+        vf dy = read_at(dtype, element(c->dy, dtype, at), j, n), slope = s * (splat(1.0f) - s), d = dy * x;
+        write_at(dtype, dy * (swish ? g * s : s), (void *)element(c->dx, dtype, at), j, n);
+        write_at(dtype, d * (swish ? s + g * slope : slope), (void *)element(c->dg, dtype, at), j, n);
     }
 }
 
