@@ -90,15 +90,3 @@ static void ask(const Block *b, const Matrix *w, i64 together, const Self *me) {
 
 /* element i of q, k, v or o */
 INLINE void *at_element(const Block *b, void *p, i64 i) { return (char *)p + i * size_of(b->c->dtype); }
-
-/* How products of small matrices are made of bfloat16: 0 not, since they are float32; 1 in vectors, 2 in tiles. */
-static i64 pairs_of(i64 dtype) {
-#ifdef TILES
-    if (dtype == 1 && tiles_are_allowed()) return 2;
-#endif
-#ifdef __AVX512BF16__
-    return dtype == 1;
-#endif
-    (void)dtype;
-    return 0;
-}

@@ -17,10 +17,10 @@ static void states_of_group(const Call *c, Space *s, i64 h, i64 t, i64 end, i64 
     memset(s->ST[0], 0, round_up(K, NC) * V * 4);
     as_panels_of_transpose(c->checkpoints + (checkpoint * c->H + h) * c->K * c->V, c->V, c->K, c->V, s->ST[0], V);
     for (i64 g = 0; g < c->group && t < end; g++, t += C) {
-        if (c->pair) pair_panels(s->ST[g], V, K, s->ST_panels[g]);
+        if (PAIR(c)) pair_panels(s->ST[g], V, K, s->ST_panels[g]);
         if (g + 1 == c->group || t + C >= end) break;
         set_decays(c, &s->decays, t, h, C);
-        i64 units = c->pair ? C / 2 : C;
+        i64 units = PAIR(c) ? C / 2 : C;
         Given k = GIVEN(k, k_stride, t, C, c->K), v = GIVEN(v, v_stride, t, C, c->V);
         Operand v_panels = {given_panels(c, v, NULL, C, V, s->v_panels), units};
         Operand kend_panels = {given_panels(c, k, s->decays.end, C, K, s->kend_panels), units};
@@ -32,10 +32,10 @@ static void states_of_group(const Call *c, Space *s, i64 h, i64 t, i64 end, i64 
 /* operands made from dS: its panels, and those of its transpose */
 static void operands_of_dS(const Call *c, Space *s) {
     i64 K = s->K, V = s->V;
-    if (!c->pair || c->per_token)
+    if (!PAIR(c) || c->per_token)
         for (i64 n = 0; n < V; n += NC)
             as_panels_of_transpose(s->dS + n * K, NC, K, smaller(NC, V - n), s->dST + n * NC, V);
-    if (!c->pair) return;
+    if (!PAIR(c)) return;
     pair_panels(s->dS, K, V, s->dS_panels);
     for (i64 n = 0; n < V; n += NC) {
         const float *rows = as_rows(1, s->dS + n * K, K, NC, s->out);
@@ -67,13 +67,13 @@ static float row_dot(const Call *c, Operand rows, i64 i, const float *y, i64 wid
     const float *row = rows.p + i * rows.depth;
     vf sum = {0};
     for (i64 j = 0; j < width; j += LANES)
-        sum += (c->pair ? all_of(1, (const uint16_t *)row + j) : load(row + j)) * load(y + j);
+        sum += (PAIR(c) ? all_of(1, (const uint16_t *)row + j) : load(row + j)) * load(y + j);
     return sum_of(sum);
 }
 
 static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64 g) {
-    i64 C = c->C, K = s->K, V = s->V, rows = padded(c, count), units = c->pair ? rows / 2 : rows;
-    i64 Ku = c->pair ? K / 2 : K, Vu = c->pair ? V / 2 : V, Cu = c->pair ? C / 2 : C;
+    i64 C = c->C, K = s->K, V = s->V, rows = padded(c, count), units = PAIR(c) ? rows / 2 : rows;
+    i64 Ku = PAIR(c) ? K / 2 : K, Vu = PAIR(c) ? V / 2 : V, Cu = PAIR(c) ? C / 2 : C;
     const Decays *d = &s->decays;
     set_decays(c, &s->decays, t, h, count);
     Given q = GIVEN(q, q_stride, t, count, c->K), k = GIVEN(k, k_stride, t, count, c->K);
@@ -92,9 +92,9 @@ static void backward_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64
     multiply(c, LOWER, rows, rows, Vu, dout_rows, (Operand){s->vT_panels, Vu}, NULL, NULL, (Result){s->dscore, C, NC});
     if (c->per_token) decay_both(c, d, rows, count, s->score, s->dscore, s->dG);
     else decay_scores(c, d, rows, s->score), decay_scores(c, d, rows, s->dscore);
-    as_panels(c->pair, s->score, C, rows, rows, s->score_panels);
-    as_panels(c->pair, s->dscore, C, rows, rows, s->dscore_panels);
-    Operand dscore_rows = {as_rows(c->pair, s->dscore, rows, C, s->dscore_rows), Cu};
+    as_panels(PAIR(c), s->score, C, rows, rows, s->score_panels);
+    as_panels(PAIR(c), s->dscore, C, rows, rows, s->dscore_panels);
+    Operand dscore_rows = {as_rows(PAIR(c), s->dscore, rows, C, s->dscore_rows), Cu};
 
     Result dq = {s->out, K, NC}, dk = dq, dv = {s->out, V, NC};
     multiply(c, FULL, rows, K, Vu, dout_rows, (Operand){s->ST_panels[g], Vu}, NULL, NULL, dq);

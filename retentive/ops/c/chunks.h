@@ -87,7 +87,7 @@ typedef struct {
 
 /* lays out a work space starting at `at`, returns its end */
 static char *arrange(const Call *c, int backward, Space *s, char *at) {
-    i64 C = c->C, whole = c->pair == 2 ? BLOCK : WHOLE;
+    i64 C = c->C, whole = PAIR(c) == 2 ? BLOCK : WHOLE;
     i64 K = s->K = round_up(c->K, whole), V = s->V = round_up(c->V, whole), wide = K > V ? K : V;
     i64 CK = C * round_up(K, NC), CV = C * round_up(V, NC), CC = C * C, KV = round_up(K, NC) * round_up(V, NC);
     Decays *d = &s->decays;
@@ -97,7 +97,7 @@ static char *arrange(const Call *c, int backward, Space *s, char *at) {
     s->q_rows = take(&at, CK), s->k_rows = take(&at, CK), s->kT_panels = take(&at, CK);
     s->kend_panels = take(&at, CK), s->v_panels = take(&at, CV), s->out = take(&at, CK > CV ? CK : CV);
     s->score = take(&at, CC), s->score_rows = take(&at, CC);
-    s->S = take(&at, KV), s->S_panels = c->pair ? take(&at, KV / 2) : s->S;
+    s->S = take(&at, KV), s->S_panels = PAIR(c) ? take(&at, KV / 2) : s->S;
     if (!backward) return at;
     s->q_panels = take(&at, CK), s->qstart_panels = take(&at, CK);
     s->k_panels = take(&at, CK), s->kend_rows = take(&at, CK);
@@ -105,10 +105,10 @@ static char *arrange(const Call *c, int backward, Space *s, char *at) {
     s->dout_rows = take(&at, CV), s->dout_panels = take(&at, CV);
     s->score_panels = take(&at, CC), s->dscore = take(&at, CC);
     s->dscore_rows = take(&at, CC), s->dscore_panels = take(&at, CC), s->dG = take(&at, C);
-    s->dS = take(&at, KV), s->dS_panels = c->pair ? take(&at, KV / 2) : s->dS;
-    s->dST = c->pair && !c->per_token ? NULL : take(&at, KV), s->dST_panels = c->pair ? take(&at, KV / 2) : s->dST;
+    s->dS = take(&at, KV), s->dS_panels = PAIR(c) ? take(&at, KV / 2) : s->dS;
+    s->dST = PAIR(c) && !c->per_token ? NULL : take(&at, KV), s->dST_panels = PAIR(c) ? take(&at, KV / 2) : s->dST;
     for (i64 g = 0; g < c->group; g++)
-        s->ST[g] = take(&at, KV), s->ST_panels[g] = c->pair ? take(&at, KV / 2) : s->ST[g];
+        s->ST[g] = take(&at, KV), s->ST_panels[g] = PAIR(c) ? take(&at, KV / 2) : s->ST[g];
     return at;
 }
 
@@ -139,28 +139,28 @@ static void pair_panels(const float *from, i64 rows, i64 cols, float *to) {
 }
 
 /* rows of work space for `count` tokens; those past the last token are zeros */
-INLINE i64 padded(const Call *c, i64 count) { return round_up(count, c->pair == 2 ? BLOCK : MR); }
+INLINE i64 padded(const Call *c, i64 count) { return round_up(count, PAIR(c) == 2 ? BLOCK : MR); }
 
 INLINE void multiply(const Call *c, Shape shape, i64 M, i64 N, i64 units, Operand A, Operand B, const float *from,
                      const float *beta, Result to) {
 #ifdef TILES
-    if (c->pair == 2) {
+    if (PAIR(c) == 2) {
         tiles(0, shape, M, N, units, A, B, from, beta, to);
         return;
     }
 #endif
-    (c->pair ? product_pairs : product_floats)(shape, M, N, units, A, B, from, beta, to);
+    (PAIR(c) ? product_pairs : product_floats)(shape, M, N, units, A, B, from, beta, to);
 }
 
 INLINE void multiply_transposed(const Call *c, Shape shape, i64 M, i64 N, i64 units, Operand A, Operand B,
                                 const float *from, const float *beta, Result to) {
 #ifdef TILES
-    if (c->pair == 2) {
+    if (PAIR(c) == 2) {
         tiles(1, shape, M, N, units, A, B, from, beta, to);
         return;
     }
 #endif
-    (c->pair ? product_pairs_transposed : product_floats_transposed)(shape, M, N, units, A, B, from, beta, to);
+    (PAIR(c) ? product_pairs_transposed : product_floats_transposed)(shape, M, N, units, A, B, from, beta, to);
 }
 
 /* ---- operands of inputs ---- */
@@ -170,13 +170,18 @@ typedef struct { const void *at; i64 stride, count, n; } Given; /* `count` rows 
 /* head h of an input, from token t on */
 #define GIVEN(x, stride, t, count, n) (Given){element(c->x, c->dtype, (t) * c->stride + h * (n)), c->stride, count, n}
 
-/* A vector of row i from element j on, times the row's factor unless there are none; zeros outside. `whole`: it lies
-   inside. */
-INLINE vf given_vector(const int dtype, int whole, Given x, i64 i, i64 j, const float *factor) {
-    if (!whole && (i >= x.count || j >= x.n)) return (vf){0};
-    const void *row = element(x.at, dtype, i * x.stride);
-    vf y = whole ? all_of(dtype, element(row, dtype, j)) : read_at(dtype, row, j, x.n);
+/* a vector of row i from element j on, times the row's factor unless there are none; all of it lies inside */
+INLINE vf given_whole(const int dtype, Given x, i64 i, i64 j, const float *factor) {
+    vf y = all_of(dtype, element(x.at, dtype, i * x.stride + j));
     return factor ? y * splat(factor[i]) : y;
+}
+
+/* the same where rows end: zeros outside */
+static vf given_edge(int dtype, Given x, i64 i, i64 j, const float *factor) {
+    float y[LANES];
+    if (i >= x.count || j >= x.n) return (vf){0};
+    read_row(dtype, element(x.at, dtype, i * x.stride + j), smaller(LANES, x.n - j), y, LANES);
+    return factor ? load(y) * splat(factor[i]) : load(y);
 }
 
 /* bfloat16 as it is */
@@ -188,46 +193,39 @@ static void copied_rows(Given x, i64 rows, i64 width, uint16_t *to) {
     }
 }
 
-INLINE void row_vector(int pair, const int dtype, int whole, Given x, const float *factor, i64 i, i64 j, float *to) {
-    vf y = given_vector(dtype, whole, x, i, j, factor);
-    if (pair) set_all(1, y, (uint16_t *)to + j);
-    else store(to + j, y);
-}
-
 INLINE void rows_from(int pair, const int dtype, Given x, const float *factor, i64 rows, i64 width, float *to) {
+    const int stored = pair ? 1 : 0; /* dtype */
     for (i64 i = 0; i < rows; i++, to += pair ? width / 2 : width) {
         i64 j = 0;
-        for (; i < x.count && j + LANES <= x.n; j += LANES) row_vector(pair, dtype, 1, x, factor, i, j, to);
-        for (; j < width; j += LANES) row_vector(pair, dtype, 0, x, factor, i, j, to);
+        for (; i < x.count && j + LANES <= x.n; j += LANES)
+            set_all(stored, given_whole(dtype, x, i, j, factor), (void *)element(to, stored, j));
+        for (; j < width; j += LANES)
+            set_all(stored, given_edge(dtype, x, i, j, factor), (void *)element(to, stored, j));
     }
 }
 
-INLINE void panel_vector(int pair, const int dtype, int whole, Given x, const float *factor, i64 i, i64 j, float *to) {
-    vf y = given_vector(dtype, whole, x, i, j, factor);
-    if (pair) {
-        vf next = given_vector(dtype, whole, x, i + 1, j, factor);
-        y = factor ? pair_up(y, next) : pair_exact(y, next);
-    }
-    store(to, y);
-}
+INLINE vf pair_given(vf a, vf b, const float *factor) { return factor ? pair_up(a, b) : pair_exact(a, b); }
 
 INLINE void panels_from(int pair, const int dtype, Given x, const float *factor, i64 rows, i64 width, float *to) {
-    i64 step = pair ? 2 : 1;
-    for (i64 column = 0; column < width; column += NC) {
-        i64 i = 0, n = smaller(NC, width - column), whole = column + NC <= x.n ? x.count : 0;
-        for (; i + step <= whole; i += step, to += NC) {
-            panel_vector(pair, dtype, 1, x, factor, i, column, to);
-            panel_vector(pair, dtype, 1, x, factor, i, column + LANES, to + LANES);
+    const i64 step = pair ? 2 : 1;
+    for (i64 j = 0; j < width; j += LANES) {
+        float *at = to + j / NC * NC * (rows / step) + j % NC;
+        i64 i = 0, whole = j + LANES <= x.n ? x.count : 0;
+        for (; i + step <= whole; i += step, at += NC) {
+            vf y = given_whole(dtype, x, i, j, factor);
+            store(at, pair ? pair_given(y, given_whole(dtype, x, i + 1, j, factor), factor) : y);
         }
-        for (; i < rows; i += step, to += NC)
-            for (i64 j = 0; j < n; j += LANES) panel_vector(pair, dtype, 0, x, factor, i, column + j, to + j);
+        for (; i < rows; i += step, at += NC) {
+            vf y = given_edge(dtype, x, i, j, factor);
+            store(at, pair ? pair_given(y, given_edge(dtype, x, i + 1, j, factor), factor) : y);
+        }
     }
 }
 
 /* makes the `rows` operand of an input, [rows][width], with zeros where it ends */
 static const float *given_rows(const Call *c, Given x, const float *factor, i64 rows, i64 width, float *to) {
-    if (c->pair && factor) rows_from(1, 1, x, factor, rows, width, to);
-    else if (c->pair) copied_rows(x, rows, width, (uint16_t *)to);
+    if (PAIR(c) && factor) rows_from(1, 1, x, factor, rows, width, to);
+    else if (PAIR(c)) copied_rows(x, rows, width, (uint16_t *)to);
     else if (c->dtype == 0) rows_from(0, 0, x, factor, rows, width, to);
     else if (c->dtype == 1) rows_from(0, 1, x, factor, rows, width, to);
     else rows_from(0, 2, x, factor, rows, width, to);
@@ -236,8 +234,8 @@ static const float *given_rows(const Call *c, Given x, const float *factor, i64 
 
 /* makes its `panels` operand, summed over rows */
 static const float *given_panels(const Call *c, Given x, const float *factor, i64 rows, i64 width, float *to) {
-    if (c->pair && factor) panels_from(1, 1, x, factor, rows, width, to);
-    else if (c->pair) panels_from(1, 1, x, NULL, rows, width, to);
+    if (PAIR(c) && factor) panels_from(1, 1, x, factor, rows, width, to);
+    else if (PAIR(c)) panels_from(1, 1, x, NULL, rows, width, to);
     else if (c->dtype == 0) panels_from(0, 0, x, factor, rows, width, to);
     else if (c->dtype == 1) panels_from(0, 1, x, factor, rows, width, to);
     else panels_from(0, 2, x, factor, rows, width, to);

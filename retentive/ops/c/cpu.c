@@ -28,11 +28,11 @@ static int for_each_head(const Call *c, int backward) {
         }
 #ifdef TILES
         TileConfig before;
-        if (c->pair == 2) open_tiles(&before, 16);
+        if (PAIR(c) == 2) open_tiles(&before, 16);
 #endif
         (backward ? backward_head : forward_head)(c, &s, task / c->H, task % c->H);
 #ifdef TILES
-        if (c->pair == 2) close_tiles(&before);
+        if (PAIR(c) == 2) close_tiles(&before);
 #endif
     }
     return failed;
@@ -49,14 +49,5 @@ int has_half(void) {
 #endif
 }
 
-/* multiplies pairs of bfloat16: 0 no, 1 in vectors, 2 in AMX tiles */
-int can_multiply_pairs(void) {
-#ifdef TILES
-    if (tiles_are_allowed()) return 2;
-#endif
-#ifdef __AVX512BF16__
-    return 1;
-#else
-    return 0;
-#endif
-}
+/* pairs_of bfloat16 */
+int can_multiply_pairs(void) { return (int)pairs_of(1); }

@@ -10,13 +10,13 @@ The backward pass needs S before each chunk, so one state per `group` chunks is 
 #include "chunks.h"
 
 static void forward_head(const Call *c, Space *s, i64 n, i64 h) {
-    i64 C = c->C, K = s->K, V = s->V, begin = c->begin[n], end = c->begin[n + 1], Ku = c->pair ? K / 2 : K;
+    i64 C = c->C, K = s->K, V = s->V, begin = c->begin[n], end = c->begin[n + 1], Ku = PAIR(c) ? K / 2 : K;
     i64 KV = c->K * c->V;
     s->decays.count = 0;
     read_state(c, s, c->state + (n * c->H + h) * KV, s->S);
-    if (c->pair) pair_panels(s->S, K, V, s->S_panels);
+    if (PAIR(c)) pair_panels(s->S, K, V, s->S_panels);
     for (i64 t = begin, chunk = 0; t < end; t += C, chunk++) {
-        i64 count = smaller(C, end - t), rows = padded(c, count), units = c->pair ? rows / 2 : rows;
+        i64 count = smaller(C, end - t), rows = padded(c, count), units = PAIR(c) ? rows / 2 : rows;
         if (c->checkpoints && chunk % c->group == 0)
             write_state(c, s, s->S, c->checkpoints + ((c->first_checkpoint[n] + chunk / c->group) * c->H + h) * KV);
         set_decays(c, &s->decays, t, h, count);
@@ -29,7 +29,7 @@ static void forward_head(const Call *c, Space *s, i64 n, i64 h) {
 
         multiply(c, LOWER, rows, rows, Ku, q_rows, (Operand){s->kT_panels, Ku}, NULL, NULL, (Result){s->score, C, NC});
         decay_scores(c, &s->decays, rows, s->score);
-        Operand score_rows = {as_rows(c->pair, s->score, rows, C, s->score_rows), c->pair ? C / 2 : C};
+        Operand score_rows = {as_rows(PAIR(c), s->score, rows, C, s->score_rows), PAIR(c) ? C / 2 : C};
         Result o = {s->out, V, NC};
         multiply(c, FULL, rows, V, Ku, q_rows, (Operand){s->S_panels, Ku}, NULL, NULL, o);
         multiply(c, UP_TO_ROW, rows, V, units, score_rows, v_panels, s->out, s->decays.start, o);
@@ -37,7 +37,7 @@ static void forward_head(const Call *c, Space *s, i64 n, i64 h) {
 
         multiply_transposed(c, FULL, K, V, units, kend_panels, v_panels, s->S, s->decays.total,
                             (Result){s->S, NC, K * NC});
-        if (c->pair) pair_panels(s->S, K, V, s->S_panels);
+        if (PAIR(c)) pair_panels(s->S, K, V, s->S_panels);
     }
     write_state(c, s, s->S, c->final + (n * c->H + h) * KV);
 }

@@ -17,6 +17,11 @@ AMX tiles load from the same layouts, so they replace only the products. Sums ar
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define TILES
 #endif
+#ifdef __AVX512BF16__
+#define PAIR(c) (c)->pair
+#else
+#define PAIR(c) 0 /* a constant: the compiler drops all code for pairs */
+#endif
 
 #if defined(__AVX512F__)
 enum { MR = 8 };
@@ -263,3 +268,15 @@ static int tiles_are_allowed(void) {
     return allowed;
 }
 #endif
+
+/* How products of a dtype are made: 0 of float32; of pairs of bfloat16, 1 in vectors, 2 in tiles. */
+static i64 pairs_of(i64 dtype) {
+#ifdef TILES
+    if (dtype == 1 && tiles_are_allowed()) return 2;
+#endif
+#ifdef __AVX512BF16__
+    return dtype == 1;
+#endif
+    (void)dtype;
+    return 0;
+}

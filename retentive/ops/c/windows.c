@@ -43,7 +43,7 @@ typedef struct {
 
 static char *arrange(const Call *c, int backward, Space *s, char *at) {
     i64 C = c->C, ring;
-    s->K = round_up(c->K, c->pair == 2 ? BLOCK : WHOLE), s->slot = C * round_up(s->K, NC);
+    s->K = round_up(c->K, PAIR(c) == 2 ? BLOCK : WHOLE), s->slot = C * round_up(s->K, NC);
     s->R = (c->W - 1 + C - 1) / C + 1, s->wide = s->R * C, ring = s->R * s->slot;
     s->since = (double *)take(&at, 2 * s->wide), s->far = take(&at, s->wide);
     s->read = take(&at, s->slot), s->rows = take(&at, s->slot), s->out = take(&at, s->slot), s->q = take(&at, s->slot);
@@ -72,19 +72,19 @@ static float *slot_of(const Space *s, const Block *b, i64 C, float *ring, i64 co
 INLINE void multiply(const Call *c, int transposed, Shape shape, i64 M, i64 N, i64 units, Operand A, Operand B,
                      const float *from, Result to) {
 #ifdef TILES
-    if (c->pair == 2) {
+    if (PAIR(c) == 2) {
         tiles(transposed, shape, M, N, units, A, B, from, NULL, to);
         return;
     }
 #endif
     if (transposed)
-        (c->pair ? product_pairs_transposed : product_floats_transposed)(shape, M, N, units, A, B, from, NULL, to);
-    else (c->pair ? product_pairs : product_floats)(shape, M, N, units, A, B, from, NULL, to);
+        (PAIR(c) ? product_pairs_transposed : product_floats_transposed)(shape, M, N, units, A, B, from, NULL, to);
+    else (PAIR(c) ? product_pairs : product_floats)(shape, M, N, units, A, B, from, NULL, to);
 }
 
 /* to [rows][wide] = x, an operand of the block, times the transposed chunks of `ring` */
 static void scores(const Call *c, const Space *s, const Block *b, const float *x, float *ring, float *to) {
-    i64 C = c->C, Ku = c->pair ? s->K / 2 : s->K;
+    i64 C = c->C, Ku = PAIR(c) ? s->K / 2 : s->K;
     for (i64 j = b->first; j < s->wide; j += C)
         multiply(c, 0, j + C == s->wide ? LOWER : FULL, b->rows, C, Ku, (Operand){x, Ku},
                  (Operand){slot_of(s, b, C, ring, j), Ku}, NULL, (Result){to + j, s->wide, NC});
@@ -92,20 +92,20 @@ static void scores(const Call *c, const Space *s, const Block *b, const float *x
 
 /* out [rows][K] = x [rows][wide] times the chunks of `ring` */
 static void mix(const Call *c, Space *s, const Block *b, const float *x, float *ring) {
-    i64 C = c->C, units = c->pair ? C / 2 : C, depth = c->pair ? s->wide / 2 : s->wide;
-    x = as_rows(c->pair, x, b->rows, s->wide, s->score_rows);
+    i64 C = c->C, units = PAIR(c) ? C / 2 : C, depth = PAIR(c) ? s->wide / 2 : s->wide;
+    x = as_rows(PAIR(c), x, b->rows, s->wide, s->score_rows);
     for (i64 j = b->first; j < s->wide; j += C)
         multiply(c, 0, j + C == s->wide ? UP_TO_ROW : FULL, b->rows, s->K, units,
-                 (Operand){x + (c->pair ? j / 2 : j), depth}, (Operand){slot_of(s, b, C, ring, j), units},
+                 (Operand){x + (PAIR(c) ? j / 2 : j), depth}, (Operand){slot_of(s, b, C, ring, j), units},
                  j > b->first ? s->out : NULL, (Result){s->out, s->K, NC});
 }
 
 /* adds to each chunk of `ring` its columns of x [rows][wide], transposed, times y, panels of the block */
 static void collect(const Call *c, Space *s, const Block *b, const float *x, const float *y, float *ring) {
-    i64 C = c->C, units = c->pair ? b->rows / 2 : b->rows;
+    i64 C = c->C, units = PAIR(c) ? b->rows / 2 : b->rows;
     for (i64 j = b->first; j < s->wide; j += C) {
         float *sum = slot_of(s, b, C, ring, j);
-        as_panels(c->pair, x + j, s->wide, b->rows, C, s->panels);
+        as_panels(PAIR(c), x + j, s->wide, b->rows, C, s->panels);
         multiply(c, 1, FULL, C, s->K, units, (Operand){s->panels, units}, (Operand){y, units}, sum,
                  (Result){sum, s->K, NC});
     }
@@ -191,16 +191,16 @@ static void write_head(const Call *c, const Space *s, const float *from, i64 hea
 
 /* puts the keys and values of the chunk at token t into a slot of the rings */
 static void put_chunk(const Call *c, Space *s, i64 h, i64 t, i64 count, i64 slot, int backward) {
-    i64 C = c->C, K = s->K, Ku = c->pair ? K / 2 : K, at = slot * s->slot;
+    i64 C = c->C, K = s->K, Ku = PAIR(c) ? K / 2 : K, at = slot * s->slot;
     read_head(c, s, c->k, c->k_stride, h, t, count, C);
-    as_panels_of_transpose(as_rows(c->pair, s->read, C, K, s->rows), Ku, C, Ku, s->kT + at, Ku);
-    if (backward) as_panels(c->pair, s->read, K, C, K, s->k + at);
+    as_panels_of_transpose(as_rows(PAIR(c), s->read, C, K, s->rows), Ku, C, Ku, s->kT + at, Ku);
+    if (backward) as_panels(PAIR(c), s->read, K, C, K, s->k + at);
     read_head(c, s, c->v, c->v_stride, h, t, count, C);
     if (!backward) {
-        as_panels(c->pair, s->read, K, C, K, s->v + at);
+        as_panels(PAIR(c), s->read, K, C, K, s->v + at);
         return;
     }
-    as_panels_of_transpose(as_rows(c->pair, s->read, C, K, s->rows), Ku, C, Ku, s->vT + at, Ku);
+    as_panels_of_transpose(as_rows(PAIR(c), s->read, C, K, s->rows), Ku, C, Ku, s->vT + at, Ku);
     memset(s->dk + at, 0, s->slot * 4), memset(s->dv + at, 0, s->slot * 4);
 }
 
@@ -208,7 +208,7 @@ static void block_forward(const Call *c, Space *s, const Block *b, i64 head) {
     i64 heads = c->H * c->G, tokens = c->begin[c->N];
     float inverse[c->C];
     read_head(c, s, c->q, c->q_stride, head, b->t, b->count, b->rows);
-    scores(c, s, b, as_rows(c->pair, s->read, b->rows, s->K, s->q), s->kT, s->score);
+    scores(c, s, b, as_rows(PAIR(c), s->read, b->rows, s->K, s->q), s->kT, s->score);
     if (c->log_f) sum_gates(c, s, b, c->log_f + head * tokens);
     for (i64 i = 0; i < b->count; i++) {
         Seen at = seen_by(c, s, b, i);
@@ -229,11 +229,11 @@ static void block_backward(const Call *c, Space *s, const Block *b, i64 head) {
     i64 K = s->K, wide = s->wide, heads = c->H * c->G, tokens = c->begin[c->N];
     float *dlog_f = c->dlog_f ? c->dlog_f + head * tokens : NULL, *lost = s->lost;
     read_head(c, s, c->q, c->q_stride, head, b->t, b->count, b->rows);
-    as_panels(c->pair, s->read, K, b->rows, K, s->q_panels);
-    scores(c, s, b, as_rows(c->pair, s->read, b->rows, K, s->q), s->kT, s->score);
+    as_panels(PAIR(c), s->read, K, b->rows, K, s->q_panels);
+    scores(c, s, b, as_rows(PAIR(c), s->read, b->rows, K, s->q), s->kT, s->score);
     read_head(c, s, c->dout, c->do_stride, head, b->t, b->count, b->rows);
-    as_panels(c->pair, s->read, K, b->rows, K, s->dout_panels);
-    scores(c, s, b, as_rows(c->pair, s->read, b->rows, K, s->dout), s->vT, s->dscore);
+    as_panels(PAIR(c), s->read, K, b->rows, K, s->dout_panels);
+    scores(c, s, b, as_rows(PAIR(c), s->read, b->rows, K, s->dout), s->vT, s->dscore);
     if (c->log_f) sum_gates(c, s, b, c->log_f + head * tokens);
     memset(lost, 0, wide * 4);
     for (i64 i = 0; i < b->count; i++) {
@@ -275,7 +275,7 @@ static void sequence(const Call *c, Space *s, i64 n, i64 h, int backward) {
             write_head(c, s, s->dv + slot * s->slot, c->H, h, gone, count, c->dv);
         }
         if (i >= chunks) continue;
-        i64 count = smaller(C, end - t), rows = round_up(count, c->pair == 2 ? BLOCK : MR);
+        i64 count = smaller(C, end - t), rows = round_up(count, PAIR(c) == 2 ? BLOCK : MR);
         Block b = {t, count, rows, begin, t - (s->R - 1) * C, larger(s->R - 1 - i, 0) * C};
         put_chunk(c, s, h, t, count, slot, backward);
         for (i64 g = 0; g < c->G; g++) (backward ? block_backward : block_forward)(c, s, &b, h * c->G + g);
@@ -305,11 +305,11 @@ int windows(const Call *c) {
         arrange(c, backward, &s, at);
 #ifdef TILES
         TileConfig before;
-        if (c->pair == 2) open_tiles(&before, 16);
+        if (PAIR(c) == 2) open_tiles(&before, 16);
 #endif
         sequence(c, &s, task / c->H, task % c->H, backward);
 #ifdef TILES
-        if (c->pair == 2) close_tiles(&before);
+        if (PAIR(c) == 2) close_tiles(&before);
 #endif
     }
     return failed;
