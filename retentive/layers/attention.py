@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retentive.layers.config import AttentionConfig
+from retentive.layers.mixer import Mixer
 from retentive.layers.norm import RMSNorm
 from retentive.layers.past import Layer, Span, cache_after, seen_before, spans_of, tokens_before
 from retentive.layers.positions import Positions, positions_of
@@ -42,7 +43,7 @@ class Phases(NamedTuple):
     far: tuple[Tensor, Tensor] | None  # cos and sin of queries for moving sinks; None: the same as of all others
 
 
-class Attention(nn.Module):
+class Attention(Mixer):
     """`(x [B,T,D], cache)` -> `(out [B,T,D], cache)`; a cache is a `Layer` of S slots.
 
     The token at position p is in slot p. With a window the slots after the sinks are a ring (`slot_of`), and S is at

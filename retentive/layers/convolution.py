@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retentive.layers.config import ConvolutionConfig
+from retentive.layers.mixer import Mixer
+from retentive.layers.norm import RMSNorm
 from retentive.layers.positions import Positions
 from retentive.ops.rows import convolve
 
@@ -32,7 +34,7 @@ class Phases(NamedTuple):
     """`[N,n-1]`, places of the first tokens of each, which the state reaches."""
 
 
-class Convolution(nn.Module):
+class Convolution(Mixer):
     """`(x [B,T,D], rows [N,S,D])` -> `(out [B,T,D], rows)`; rows are the last S >= n - 1 tokens of x, newest last.
 
     Rows are float32 or wider. Without gradients, given rows are written in place.
@@ -81,6 +83,20 @@ class Convolution(nn.Module):
         if given is None or torch.is_grad_enabled():
             return out, after
         return out, given.copy_(after)
+
+    def branch(
+        self, x: Tensor, norm: RMSNorm, memory: Any, positions: Positions, phases: Phases | None, *, drops: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Adds the output to x in the same pass over memory, where nothing lies before x or between the two."""
+        apart = phases is not None and not torch.is_grad_enabled()  # its last tokens lie at the ends of all sequences
+        if drops or memory is not None or self.context is not None or apart:
+            return super().branch(x, norm, memory, positions, phases, drops=drops)
+        out = norm.add_convolved(x, self.weight, None if phases is None else phases.since_BT)
+        if phases is not None:
+            return out, None, None
+        last = norm(x[:, max(x.shape[1] - self.reach, 0) :])
+        rows = last.new_zeros(len(last), self.reach, x.shape[-1], dtype=torch.promote_types(last.dtype, torch.float32))
+        return out, None, last_rows(rows, last, None)
 
     def _after(self, past: Tensor, x: Tensor) -> Tensor:
         """Returns the outputs of x `[N,T,D]`, whose sequences begin with `past` `[N,n-1,D]`."""

@@ -6,7 +6,7 @@ Source: Zhang and Sennrich, arXiv 1910.07467. Used before each sublayer, and ove
 import torch
 from torch import Tensor, nn
 
-from retentive.ops.rows import add_norm, rms_norm
+from retentive.ops.rows import add_convolved, add_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -28,6 +28,10 @@ class RMSNorm(nn.Module):
     def branch(self, x: Tensor, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns (x + more, its norm): the residual stream, and the input of the next layer. One pass over memory."""
         return add_norm(x, more, self.weight, self.eps, self._dtype(x))
+
+    def add_convolved(self, x: Tensor, weight: Tensor, since: Tensor | None) -> Tensor:
+        """Returns x + `convolve`(norm(x), weight, since) of `retentive.ops.rows`. One pass over memory."""
+        return add_convolved(x, self.weight, self.eps, self._dtype(x), weight, since)
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         """Returns the dtype of the result."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from retentive.layers.config import RetentionConfig
+from retentive.layers.mixer import Mixer
 from retentive.layers.norm import RMSNorm
 from retentive.layers.positions import Positions, positions_of
 from retentive.ops import Ring, retention, rotary
@@ -51,7 +52,7 @@ class LayerState:
         return LayerState(copied, self.position, self.used)
 
 
-class MultiScaleRetention(nn.Module):
+class MultiScaleRetention(Mixer):
     """`(x [B,T,D], state)` -> `(out [B,T,D], state)`, with one decay per head.
 
         layer = MultiScaleRetention(256, 4)             dim and heads; any field of RetentionConfig follows by name

@@ -56,13 +56,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, memory: Any, positions: Positions, phases: Any) -> tuple[Tensor, Any]:
         """Returns (x `[B,T,D]`, the mixer's memory in its layer's form: `Memory.layer`)."""
-        x, h = self.mixer_norm.branch(x)
-        y, memory = self.mixer(h, memory, positions, phases)
-        y = F.dropout(y, self.dropout, self.training)
+        drops = self.training and self.dropout > 0
+        x, y, memory = self.mixer.branch(x, self.mixer_norm, memory, positions, phases, drops=drops)
+        y = F.dropout(y, self.dropout) if drops else y
         if self.ffn is not None and self.ffn_norm is not None:
             x, h = self.ffn_norm.branch(x, y)
-            y = F.dropout(self.ffn(h), self.dropout, self.training)
-        return x + y, memory
+            y = self.ffn(h)
+            y = F.dropout(y, self.dropout) if drops else y
+        return x if y is None else x + y, memory
 
     def reset_parameters(self) -> None:
         self.mixer.reset_parameters()

@@ -4,6 +4,7 @@
     rotate(x)       = scale * rotary.rotate(x)
     gated(g, x)     = activation(g) * x
     convolve(x)_t   = sum_i weight_{n-1-i} * x_{t-i}
+    add_convolved(x) = x + convolve(rms_norm(x))
     softmax_loss(x) = -log softmax(x)[target], and its gradient
 
 In PyTorch each takes several passes over memory, with float32 copies if x is bf16; on a CPU they took a third of a
@@ -47,6 +48,16 @@ class Convolve(ctypes.Structure):
     """struct Convolve of c/rows.c."""
 
     _fields_ = struct("tokens T n D dtype weight_dtype threads", "since x weight dy y dx dweight")
+
+
+class AddConvolved(ctypes.Structure):
+    """struct AddConvolved of c/rows.c."""
+
+    _fields_ = struct(
+        "tokens T n D h_dtype gain_dtype weight_dtype threads",
+        "since x dy gain weight y dx scale dgain dweight",
+        real="eps",
+    )
 
 
 class Softmax(ctypes.Structure):
@@ -319,6 +330,58 @@ def _convolve(x: Tensor, weight: Tensor, since: Tensor | None, threads: int, **p
     return Convolve(
         B * T, T, n, D, DTYPES.index(x.dtype), DTYPES.index(weight.dtype), threads,
         None if since is None else since.data_ptr(), x.data_ptr(), weight.data_ptr(), **places,
+    )  # fmt: skip
+
+
+def add_convolved(
+    x: Tensor, gain: Tensor | None, eps: float, dtype: torch.dtype, weight: Tensor, since: Tensor | None = None
+) -> Tensor:
+    """Returns x + convolve(rms_norm(x, gain, eps, dtype), weight, since): a residual stream after a convolution.
+
+    One pass over memory if x is float32. Apart, the norm, the convolution and the sum write two tensors and read three
+    more, and so do their gradients.
+    """
+    if x.dtype == torch.float32 and dtype in DTYPES and compiled(x, gain) and compiled(weight):
+        return _AddConvolved.apply(x, gain, eps, dtype, weight, None if since is None else since.contiguous())
+    return x + convolve(rms_norm(x, gain, eps, dtype), weight, since)
+
+
+class _AddConvolved(torch.autograd.Function):
+    """`add_convolved` by rows.c."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor | None, eps: float, dtype: torch.dtype, weight: Tensor, since) -> Tensor:
+        x, weight, y = x.contiguous(), weight.contiguous(), torch.empty_like(x)
+        scale = torch.empty(x.shape[:-1], dtype=torch.float32)
+        ctx.dtype = dtype
+        ctx.save_for_backward(x, gain, weight, since, scale)
+        _call("add_convolved", _add_convolved(x, gain, dtype, weight, since, eps=eps, y=y, scale=scale))
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, gain, weight, since, scale = ctx.saved_tensors
+        grad, dx, threads = grad.contiguous(), torch.empty_like(x), torch.get_num_threads()
+        # one sum per thread, zeroed by C and added in order: no atomics, so the result is deterministic
+        dgain = torch.empty(threads, x.shape[-1], dtype=torch.float64)
+        dweight = torch.empty(threads, *weight.shape, dtype=torch.float64)
+        places = {"dy": grad, "dx": dx, "scale": scale, "dgain": dgain, "dweight": dweight}
+        _call("add_convolved", _add_convolved(x, gain, ctx.dtype, weight, since, **places))
+        of_gain = None if gain is None else dgain.sum(0).to(gain.dtype)
+        return dx, of_gain, None, None, dweight.sum(0).to(weight.dtype), None
+
+
+def _add_convolved(
+    x: Tensor, gain: Tensor | None, dtype: torch.dtype, weight: Tensor, since: Tensor | None, *, eps: float = 0.0,
+    **places: Tensor,
+) -> AddConvolved:  # fmt: skip
+    (B, T, D), n = x.shape, len(weight)
+    given = {"x": x, "gain": gain, "weight": weight, "since": since, **places}
+    return AddConvolved(
+        B * T, T, n, D, DTYPES.index(dtype), -1 if gain is None else DTYPES.index(gain.dtype),
+        DTYPES.index(weight.dtype), torch.get_num_threads(), eps,
+        **{name: None if t is None else t.data_ptr() for name, t in given.items()},
     )  # fmt: skip
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from retentive.layers import Convolution, ConvolutionConfig, positions_of
+from retentive.layers import Convolution, ConvolutionConfig, RMSNorm, positions_of
+from retentive.layers.mixer import Mixer
 
 D, T = 6, 11
 EXACT = dict(rtol=0, atol=1e-12)  # float64 has 53 bits; sums of four products in one order
@@ -92,6 +93,33 @@ def test_gradients_pass_through_rows():
 
     shapes = ((1, 7, D), (2, 3, D), (4, D))
     assert torch.autograd.gradcheck(of, [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes])
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "not"])
+@pytest.mark.parametrize("laid", ["rows", "packed", "padded", "after others", "dropped", "short"])
+def test_a_branch_is_the_stream_and_the_output_of_its_norm(laid, grad, same):
+    """In float32: two orders of a sum of five numbers."""
+    made, norm = layer().float(), RMSNorm(D, eps=1e-5)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(1 if laid == "packed" else 3, 2 if laid == "short" else T, D, requires_grad=grad)
+    before = torch.randn(3, 3, D) if laid == "after others" else None
+    lengths = torch.tensor([[0, T], [4, T], [3, 5]]) if laid == "padded" else None
+    positions = positions_of(
+        x.shape[0], x.shape[1], None, lengths, torch.tensor([0, 4, T]) if laid == "packed" else None, x.device
+    )
+    phases, found = made.phases(positions, x.dtype), []
+    for branch in (made.branch, lambda *args, **drops: Mixer.branch(made, *args, **drops)):
+        with torch.set_grad_enabled(grad):
+            rows = None if before is None else before.clone()
+            whole, out, rows = branch(x, norm, rows, positions, phases, drops=laid == "dropped")
+            whole = whole if out is None else whole + out
+        found.append([whole, rows])
+        if grad:
+            found[-1] += torch.autograd.grad(whole, [x, made.weight, norm.weight], torch.ones_like(whole))
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            same(one, other, 1e-6)
 
 
 def test_a_new_layer_adds_nothing(refuses):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from retentive.ops import cpu as cpu_module
 from retentive.ops import rotary, rows
-from retentive.ops.rows import ACTIVATIONS, add_norm, convolve, gated, rms_norm, rotate, softmax_loss
+from retentive.ops.rows import ACTIVATIONS, add_convolved, add_norm, convolve, gated, rms_norm, rotate, softmax_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
@@ -344,6 +344,57 @@ def test_a_convolution_of_another_dtype_than_its_weights(same):
     got = convolve(x, weight)
     assert got.dtype == torch.bfloat16
     same(got.float(), plain_convolve(x.float(), weight, None), 2**-8)
+
+
+@pytest.mark.parametrize("gain", [True, False], ids=["gain", "none"])
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize(("n", "D"), [(2, 1), (4, 33), (12, 700)])
+@pytest.mark.parametrize("stream", ["fp32", "bf16"])
+@dtypes
+def test_a_stream_after_a_convolution_is_the_sum_of_both(dtype, stream, n, D, packed, gain, gold_rule):
+    x, do = (torch.randn(2, 9, D).to(DTYPES[stream]) for _ in range(2))
+    others = [torch.randn(n, D).to(DTYPES[stream]), *([torch.randn(D).to(DTYPES[stream])] if gain else [])]
+    since, inner = SINCE if packed else None, DTYPES[dtype]
+
+    def fused(x, weight, gain=None):
+        return add_convolved(x, gain, 1e-5, inner, weight, since)
+
+    def plain(x, weight, gain=None):
+        h = plain_norm(x, gain, 1e-5).to(torch.float64 if x.dtype == torch.float64 else inner)
+        return x + plain_convolve(h, weight, since).to(h.dtype)
+
+    test, want = gradients(fused, x, others, do), gradients(plain, x, others, do)
+    gold = gradients(plain, x.double(), [t.double() for t in others], do.double())
+    for what, *three in zip(("y", "dx", "dweight", "dgain"), gold, test, want, strict=False):
+        assert three[1].dtype == (three[2].dtype if what == "y" else DTYPES[stream])
+        gold_rule(*three, 0.5 if three[0].numel() > 200 else 20, what)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_a_stream_after_a_convolution_does_not_depend_on_threads(threads, same):
+    """Nor on where a thread's tokens begin; the gradients of gain and weight are sums over tokens in another order."""
+    x, weight, gain, do = torch.randn(3, 300, 64), torch.randn(4, 64), torch.randn(64), torch.randn(3, 300, 64)
+    had, since = torch.get_num_threads(), (torch.arange(900) % 7).view(3, 300).to(torch.int32)
+    for order in (None, since):
+        found = []
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            try:
+                found.append(
+                    gradients(
+                        lambda x, w, g, order=order: add_convolved(x, g, 1e-5, x.dtype, w, order), x, [weight, gain], do
+                    )
+                )
+            finally:
+                torch.set_num_threads(had)
+        same(found[1][:2], found[0][:2], 0)
+        same(found[1][2:], found[0][2:], 1e-6)
+
+
+def test_the_gradient_of_a_stream_after_a_convolution_is_its_derivative():
+    x, weight = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 9, 3), (4, 3)))
+    gain = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w, g: add_convolved(x, g, 1e-5, x.dtype, w, SINCE), (x, weight, gain))
 
 
 # ---- the loss of logits ----

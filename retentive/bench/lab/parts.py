@@ -12,7 +12,7 @@ PARTS = {
     "attention": ("_Attend", "attention"),
     "norms": ("_RMSNorm", "rms_norm", "layer_norm", "vector_norm"),
     "rotation": ("_Rotate",),
-    "convolutions": ("_Convolve",),
+    "convolutions": ("_Convolve", "_AddConvolved"),
     "activations": ("silu", "gelu", "relu", "sigmoid", "_Gated", "mul"),
     "copies": ("copy", "Copy", "cat", "fill_", "zero_"),
     "sums": ("add", "sum", "Accumulate"),

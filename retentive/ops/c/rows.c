@@ -48,9 +48,23 @@ typedef struct {
     double *dweight; /* [threads][n][D], double since it sums many rows */
 } Convolve;
 
+typedef struct {
+    i64 tokens, T, n, D, h_dtype, gain_dtype, weight_dtype, threads; /* as in Convolve; gain_dtype: -1 without gain */
+    double eps;
+    const int *since;
+    const float *x, *dy;
+    const void *gain, *weight;
+    float *y, *dx, *scale;   /* [tokens] of the norm */
+    double *dgain, *dweight; /* [threads][D], [threads][n][D] */
+} AddConvolved;
+
 static int threads_for(i64 threads, i64 numbers) { return numbers < FEW ? 1 : (int)threads; }
 
 enum { TOGETHER = 8 }; /* tokens whose gradients of a weight are summed in float32 */
+
+static void move_sums(float *few, i64 n, double *sum) {
+    for (i64 j = 0; j < n; j++) sum[j] += few[j], few[j] = 0;
+}
 
 INLINE void norm_row(const int dtype, const int y_dtype, const Norm *c, const float *weight, i64 row) {
     i64 n = c->n;
@@ -136,7 +150,7 @@ static int norm(const Norm *c, int backward) {
             else if (c->dtype == 0 && c->y_dtype == 1) norm_rows(0, 1, c, backward, weight, row, last, add);
             else if (c->dtype == 1 && c->y_dtype == 1) norm_rows(1, 1, c, backward, weight, row, last, add);
             else norm_rows((int)c->dtype, (int)c->y_dtype, c, backward, weight, row, last, add);
-            for (i64 j = 0; sum && j < c->n; j++) sum[j] += few[j], few[j] = 0;
+            if (sum) move_sums(few, c->n, sum);
         }
         free(weight);
     }
@@ -186,14 +200,23 @@ int rotate(const Rotate *c) {
     return failed;
 }
 
+/* Tokens of a convolution: in rows of T, or in sequences (`since`, see Convolve). */
+typedef struct { const int *since; i64 tokens, T, n; } Order;
+
 /* taps of token t beside its own: 0 for the first of a sequence, then more, up to n - 1 */
-INLINE i64 taps_before(const Convolve *c, i64 t) {
-    i64 since = c->since ? c->since[t] : t % c->T;
-    return since < c->n - 1 ? since : c->n - 1;
+INLINE i64 taps_before(Order o, i64 t) { return smaller(o.since ? o.since[t] : t % o.T, o.n - 1); }
+
+/* later tokens that t is a tap of */
+INLINE i64 taps_after(Order o, i64 t) {
+    i64 after = 0;
+    while (after + 1 < o.n && t + after + 1 < o.tokens && taps_before(o, t + after + 1) > after) after++;
+    return after;
 }
 
+#define ORDER(c) (Order){(c)->since, (c)->tokens, (c)->T, (c)->n}
+
 INLINE void convolve_token(const int dtype, const Convolve *c, i64 t, const float *weight, i64 wide) {
-    i64 n = c->n, D = c->D, taps = taps_before(c, t);
+    i64 n = c->n, D = c->D, taps = taps_before(ORDER(c), t);
     for (i64 j = 0; j < D; j += LANES) {
         vf y = read_at(dtype, element(c->x, dtype, t * D), j, D) * load(weight + (n - 1) * wide + j);
         for (i64 i = taps; i > 0; i--)
@@ -205,8 +228,7 @@ INLINE void convolve_token(const int dtype, const Convolve *c, i64 t, const floa
 /* `few` [n][wide] gets what the token adds to the gradient of the weight */
 INLINE void convolve_token_backward(const int dtype, const Convolve *c, i64 t, const float *weight, i64 wide,
                                     float *few) {
-    i64 n = c->n, D = c->D, taps = taps_before(c, t), after = 0; /* later tokens that t is a tap of */
-    while (after + 1 < n && t + after + 1 < c->tokens && taps_before(c, t + after + 1) > after) after++;
+    i64 n = c->n, D = c->D, taps = taps_before(ORDER(c), t), after = taps_after(ORDER(c), t);
     for (i64 j = 0; j < D; j += LANES) {
         vf dy = read_at(dtype, element(c->dy, dtype, t * D), j, D), dx = dy * load(weight + (n - 1) * wide + j);
         for (i64 i = 1; i <= after; i++)
@@ -249,10 +271,125 @@ int convolve(const Convolve *c) {
             if (c->dtype == 0) convolve_tokens(0, c, t, last, weight, wide, few);
             else if (c->dtype == 1) convolve_tokens(1, c, t, last, weight, wide, few);
             else convolve_tokens(2, c, t, last, weight, wide, few);
-            for (i64 i = 0; sum && i < n; i++)
-                for (i64 j = 0; j < D; j++) sum[i * D + j] += few[i * wide + j], few[i * wide + j] = 0;
+            for (i64 i = 0; sum && i < n; i++) move_sums(few + i * wide, D, sum + i * D);
         }
         free(weight);
+    }
+    return failed;
+}
+
+/* ---- x + convolve(norm(x)) ---- */
+
+typedef struct { /* of a thread, padded to whole vectors */
+    i64 wide;
+    float *gain, *weight, *h; /* [D]; [n][D]; [n][D]: token t's norm is in row t % n, its gradient in row 0 */
+    float *few_gain, *few;    /* what few tokens add to the gradients of both */
+} Taps;
+
+static int get_taps(const AddConvolved *c, Taps *s) {
+    i64 n = c->n, D = c->D, wide = s->wide = round_up(D, LANES);
+    float *at = s->gain = calloc((3 * n + 2) * wide, 4);
+    if (!at) return 0;
+    s->weight = at + wide, s->h = s->weight + n * wide, s->few_gain = s->h + n * wide, s->few = s->few_gain + wide;
+    for (i64 j = 0; c->gain_dtype < 0 && j < D; j++) s->gain[j] = 1;
+    if (c->gain_dtype >= 0) read_row(c->gain_dtype, c->gain, D, s->gain, D);
+    for (i64 i = 0; i < n; i++)
+        read_row(c->weight_dtype, element(c->weight, c->weight_dtype, i * D), D, s->weight + i * wide, D);
+    return 1;
+}
+
+/* as a number of the dtype holds it */
+INLINE vf rounded(const int dtype, vf x) {
+    float held[LANES];
+    if (dtype == 0) return x;
+    set_all(dtype, x, held);
+    return all_of(dtype, held);
+}
+
+INLINE void normalise_token(const int h_dtype, const AddConvolved *c, const Taps *s, i64 t) {
+    i64 D = c->D;
+    const float *x = c->x + t * D;
+    float *h = s->h + t % c->n * s->wide;
+    vf squares = {0};
+    for (i64 j = 0; j < D; j += LANES) {
+        vf part = read_at(0, x, j, D);
+        squares += part * part;
+    }
+    float scale = 1 / sqrtf(sum_of(squares) / D + (float)c->eps);
+    for (i64 j = 0; j < D; j += LANES)
+        store(h + j, rounded(h_dtype, read_at(0, x, j, D) * splat(scale) * load(s->gain + j)));
+    if (c->scale) c->scale[t] = scale;
+}
+
+INLINE void add_convolved_token(const int h_dtype, const AddConvolved *c, const Taps *s, i64 t) {
+    i64 n = c->n, D = c->D, wide = s->wide, taps = taps_before(ORDER(c), t);
+    const float *last = s->weight + (n - 1) * wide, *h[n];
+    normalise_token(h_dtype, c, s, t);
+    for (i64 i = 0; i <= taps; i++) h[i] = s->h + (t - i) % n * wide;
+    for (i64 j = 0; j < D; j += LANES) {
+        vf y = load(h[0] + j) * load(last + j);
+        for (i64 i = taps; i > 0; i--) y += load(last - i * wide + j) * load(h[i] + j);
+        write_at(0, read_at(0, c->x + t * D, j, D) + rounded(h_dtype, y), c->y + t * D, j, D);
+    }
+}
+
+INLINE void add_convolved_token_backward(const int h_dtype, const AddConvolved *c, const Taps *s, i64 t) {
+    i64 n = c->n, D = c->D, wide = s->wide, after = taps_after(ORDER(c), t);
+    const float *x = c->x + t * D, *dy = c->dy + t * D, *last = s->weight + (n - 1) * wide;
+    float *dh = s->h;
+    vf scale = splat(c->scale[t]), sum = {0};
+    for (i64 j = 0; j < D; j += LANES) {
+        vf y = read_at(0, x, j, D) * scale, gain = load(s->gain + j), h = rounded(h_dtype, y * gain), d = {0};
+        for (i64 i = 0; i <= after; i++) {
+            vf later = read_at(0, dy + i * D, j, D);
+            float *few = s->few + (n - 1 - i) * wide + j;
+            store(few, load(few) + later * h);
+            d += later * load(last - i * wide + j);
+        }
+        store(dh + j, d);
+        store(s->few_gain + j, load(s->few_gain + j) + y * d);
+        sum += y * d * gain;
+    }
+    vf along = splat(sum_of(sum) / D);
+    for (i64 j = 0; j < D; j += LANES) {
+        vf y = read_at(0, x, j, D) * scale, d = load(dh + j) * load(s->gain + j);
+        write_at(0, read_at(0, dy, j, D) + (d - along * y) * scale, c->dx + t * D, j, D);
+    }
+}
+
+INLINE void add_convolved_tokens(const int h_dtype, const AddConvolved *c, const Taps *s, i64 t, i64 last) {
+    for (; t < last; t++)
+        if (c->dy) add_convolved_token_backward(h_dtype, c, s, t);
+        else add_convolved_token(h_dtype, c, s, t);
+}
+
+/* both directions: the backward one if there is a gradient; returns 0, or 1 if memory ran out */
+int add_convolved(const AddConvolved *c) {
+    int failed = 0, threads = threads_for(c->threads, c->tokens * c->D);
+    i64 n = c->n, D = c->D;
+    if (c->dy) memset(c->dgain, 0, c->threads * D * 8), memset(c->dweight, 0, c->threads * n * D * 8);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (i64 part = 0; part < threads; part++) {
+        i64 first = c->tokens * part / threads, end = c->tokens * (part + 1) / threads;
+        Taps s;
+        if (!get_taps(c, &s)) {
+#pragma omp atomic write
+            failed = 1;
+            continue;
+        }
+        if (!c->dy && first < end) /* the tokens before its own, which the thread of those has too */
+            for (i64 i = taps_before(ORDER(c), first); i > 0; i--) normalise_token((int)c->h_dtype, c, &s, first - i);
+        for (i64 t = first, last; t < end; t = last) {
+            last = smaller(t + TOGETHER, end);
+            if (c->h_dtype == 0) add_convolved_tokens(0, c, &s, t, last);
+            else if (c->h_dtype == 1) add_convolved_tokens(1, c, &s, t, last);
+            else add_convolved_tokens(2, c, &s, t, last);
+            if (c->dy) {
+                move_sums(s.few_gain, D, c->dgain + part * D);
+                for (i64 i = 0; i < n; i++) move_sums(s.few + i * s.wide, D, c->dweight + (part * n + i) * D);
+            }
+        }
+        free(s.gain);
     }
     return failed;
 }
