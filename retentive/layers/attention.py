@@ -123,7 +123,8 @@ class Attention(Mixer):
     def _feature(self, y: Tensor, norm: RMSNorm | None, phases: Phases, scale: Tensor | None = None) -> Tensor:
         """Returns q or k `[B,T,heads,K]` from its projection: normalised if configured, rotated, scaled."""
         y = y.unflatten(-1, (-1, self.K))
-        return rotate(y if norm is None else norm(y), phases.cos, phases.sin, self.config.rotary, scale)
+        before = None if norm is None else (norm.gain, norm.eps)
+        return rotate(y, phases.cos, phases.sin, self.config.rotary, scale, before)
 
     def _check(self, cache: Layer, new: Layer) -> None:
         want, got = list(new[0].shape[2:]), list(cache[0].shape[2:])

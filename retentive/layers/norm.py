@@ -22,16 +22,21 @@ class RMSNorm(nn.Module):
         self.width, self.eps, self.before_products = width, eps, before_products
         self.weight = nn.Parameter(torch.ones(width)) if affine else None
 
+    @property
+    def gain(self) -> Tensor | None:
+        """The weight, as every pass uses it."""
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, self._dtype(x))
+        return rms_norm(x, self.gain, self.eps, self._dtype(x))
 
     def branch(self, x: Tensor, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns (x + more, its norm): the residual stream, and the input of the next layer. One pass over memory."""
-        return add_norm(x, more, self.weight, self.eps, self._dtype(x))
+        return add_norm(x, more, self.gain, self.eps, self._dtype(x))
 
     def add_convolved(self, x: Tensor, weight: Tensor, since: Tensor | None) -> Tensor:
         """Returns x + `convolve`(norm(x), weight, since) of `retentive.ops.rows`. One pass over memory."""
-        return add_convolved(x, self.weight, self.eps, self._dtype(x), weight, since)
+        return add_convolved(x, self.gain, self.eps, self._dtype(x), weight, since)
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         """Returns the dtype of the result."""

@@ -132,8 +132,8 @@ class MultiScaleRetention(Mixer):
         if positions is None:
             return self._alone(x, state)
         phases = self.phases(positions, x.dtype) if phases is None else phases
-        q_BTHK = rotate(self.query(x), phases.cos, phases.sin, self.config.rotary, phases.q_scale)
-        k_BTHK = rotate(self.key(x), phases.cos, phases.sin, self.config.rotary)
+        q_BTHK = self._rotated(x, self.q_proj, self.q_norm, self.q_bias, phases, phases.q_scale)
+        k_BTHK = self._rotated(x, self.k_proj, self.k_norm, self.k_bias, phases)
         v_BTHV = self.v_proj(x).unflatten(-1, (self.kv_heads, self.V))
         log_decay = phases.log_decay
         if self.decay_proj is not None:
@@ -208,6 +208,22 @@ class MultiScaleRetention(Mixer):
         if bias is not None:
             y = y + bias.to(y.dtype).unflatten(-1, (-1, self.K))
         return y
+
+    def _rotated(
+        self,
+        x: Tensor,
+        proj: nn.Linear,
+        norm: RMSNorm | None,
+        bias: Tensor | None,
+        phases: Phases,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """Returns q or k `[B,T,heads,K]`, rotated and scaled. A norm that no bias follows takes its pass with it."""
+        before = None
+        if norm is not None and bias is None:
+            before, norm = (norm.gain, norm.eps), None
+        y = self._feature(x, proj, norm, bias)
+        return rotate(y, phases.cos, phases.sin, self.config.rotary, scale, before)
 
     def reset_parameters(self) -> None:
         """Initialises as torchscale since 2023-11-24: Xavier, gain 2^-2.5 for input and 2^-1 for output projections.

@@ -35,7 +35,11 @@ class Norm(ctypes.Structure):
 class Rotate(ctypes.Structure):
     """struct Rotate of c/rows.c."""
 
-    _fields_ = struct("tokens T H K dtype half phase_rows scale_rows stride threads", "x cos sin scale y", real="sign")
+    _fields_ = struct(
+        "tokens T H K dtype half phase_rows scale_rows stride gain_dtype threads",
+        "x dy gain cos sin scale y norm dgain",
+        real="sign eps",
+    )
 
 
 class Gated(ctypes.Structure):
@@ -194,48 +198,80 @@ class _RMSNorm(torch.autograd.Function):
 # ---- rotation ----
 
 
-def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor, variant: str, scale: Tensor | None = None) -> Tensor:
-    """Rotates and scales x, in its dtype. Only x gets gradients: phases and scales are functions of positions.
+def rotate(
+    x_BTHK: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    variant: str,
+    scale: Tensor | None = None,
+    norm: tuple[Tensor | None, float] | None = None,
+) -> Tensor:
+    """Rotates and scales x, in its dtype. Only x and a gain get gradients: phases and scales depend on positions.
 
     Args:
         cos, sin: `[T, K/2]` or `[B, T, K/2]`, see `rotary.phases`.
         scale: `[1, H]`, `[T, H]` or `[B, T, H]`; 1 by default.
+        norm: gain `[K]` and eps of an `rms_norm` of each head before. One pass over memory takes both.
     """
-    if variant != "none" and compiled(x_BTHK) and cos.dtype == torch.float32:
-        return _Rotate.apply(x_BTHK, cos, sin, variant, scale, 1.0)
+    gain, eps = norm or (None, 0.0)
+    if variant != "none" and compiled(x_BTHK, gain) and cos.dtype == torch.float32:
+        return _Rotate.apply(x_BTHK, gain, cos, sin, variant, scale, None if norm is None else eps)
+    x_BTHK = x_BTHK if norm is None else rms_norm(x_BTHK, gain, eps)
     y = rotary.rotate(x_BTHK, cos, sin, variant)
     return (y if scale is None else y * scale[..., None]).to(x_BTHK.dtype)
 
 
 class _Rotate(torch.autograd.Function):
-    """`rotate` by rows.c. Its gradient is the same rotation by the opposite angle (`sign`)."""
+    """`rotate` by rows.c. Its gradient is the same rotation by the opposite angle, then that of the norm if any."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, variant: str, scale: Tensor | None, sign: float) -> Tensor:
-        ctx.variant, ctx.sign = variant, sign
-        ctx.save_for_backward(cos, sin, scale)
-        B, T, H, K = x.shape
-        # a slice of a wider projection is read in place if its tokens have one constant stride
-        even = x.stride(3) == 1 and x.stride(2) == K and (B == 1 or x.stride(0) == T * x.stride(1))
-        if not even:
-            x = x.contiguous()
-        y, rows = torch.empty(x.shape, dtype=x.dtype), [t if t is None else t.contiguous() for t in (cos, sin, scale)]
-        cos, sin, scale = rows  # type: ignore[assignment]
-        # a dimension of size 1 may have any stride, so take the token stride from a larger one if there is one
-        call = Rotate(
-            B * T, T, H, K, DTYPES.index(x.dtype), variant == "half", cos.numel() // (K // 2),
-            0 if scale is None else scale.numel() // H, x.stride(1) if T > 1 else (x.stride(0) if B > 1 else H * K),
-            torch.get_num_threads(), sign, x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-            None if scale is None else scale.data_ptr(), y.data_ptr(),
-        )  # fmt: skip
-        _call("rotate", call)
-        return y
+    def forward(
+        ctx, x: Tensor, gain: Tensor | None, cos: Tensor, sin: Tensor, variant: str, scale: Tensor | None,
+        eps: float | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.variant, ctx.eps, x = variant, eps, _evenly(x)
+        norm = None if eps is None else torch.empty(x.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(None if eps is None else x, gain, cos, sin, scale, norm)
+        return _turn(x, gain, cos, sin, variant, scale, eps, 1.0, norm=norm)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        cos, sin, scale = ctx.saved_tensors
-        return _Rotate.apply(grad, cos, sin, ctx.variant, scale, -ctx.sign), None, None, None, None, None
+        x, gain, cos, sin, scale, norm = ctx.saved_tensors
+        if ctx.eps is None:
+            return _turn(_evenly(grad), None, cos, sin, ctx.variant, scale, None, -1.0), *[None] * 6
+        # one sum per thread, zeroed by C and added in order: no atomics, so the result is deterministic
+        sums = torch.empty(torch.get_num_threads(), x.shape[-1], dtype=torch.float64)
+        places = {"dy": grad.contiguous(), "norm": norm, "dgain": sums}
+        dx = _turn(x, gain, cos, sin, ctx.variant, scale, ctx.eps, -1.0, **places)
+        return dx, None if gain is None else sums.sum(0).to(gain.dtype), *[None] * 5
+
+
+def _evenly(x: Tensor) -> Tensor:
+    """Returns x `[B,T,H,K]` with one stride between tokens: a slice of a wider projection as it is, or a copy."""
+    B, T, _, K = x.shape
+    even = x.stride(3) == 1 and x.stride(2) == K and (B == 1 or x.stride(0) == T * x.stride(1))
+    return x if even else x.contiguous()
+
+
+def _turn(
+    x: Tensor, gain: Tensor | None, cos: Tensor, sin: Tensor, variant: str, scale: Tensor | None, eps: float | None,
+    sign: float, **places: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Runs `rotate` of rows.c; `places`: see struct Rotate."""
+    B, T, H, K = x.shape
+    y, cos, sin = torch.empty(x.shape, dtype=x.dtype), cos.contiguous(), sin.contiguous()
+    scale = None if scale is None else scale.contiguous()
+    given = {"x": x, "gain": gain, "cos": cos, "sin": sin, "scale": scale, "y": y, **places}
+    # a dimension of size 1 may have any stride, so take the token stride from a larger one if there is one
+    call = Rotate(
+        B * T, T, H, K, DTYPES.index(x.dtype), variant == "half", cos.numel() // (K // 2),
+        0 if scale is None else scale.numel() // H, x.stride(1) if T > 1 else (x.stride(0) if B > 1 else H * K),
+        -2 if eps is None else -1 if gain is None else DTYPES.index(gain.dtype), torch.get_num_threads(),
+        sign, eps or 0.0, **{name: None if t is None else t.data_ptr() for name, t in given.items()},
+    )  # fmt: skip
+    _call("rotate", call)
+    return y
 
 
 # ---- gates ----

@@ -209,6 +209,28 @@ def test_rotates_as_rotary_says(dtype, variant, by_row, scaled, gold_rule):
         gold_rule(*three, 0.3, what)
 
 
+@pytest.mark.parametrize("gain", [True, False], ids=["gain", "none"])
+@pytest.mark.parametrize("K", [14, 32, 130])
+@pytest.mark.parametrize("variant", rotary.VARIANTS)
+@dtypes
+def test_rotates_after_a_norm_of_each_head(dtype, variant, K, gain, gold_rule):
+    """As close to the truth as the two apart, and closer in half precision, which rounds between them."""
+    (cos, sin), scale = rotary.phases(torch.arange(9), K, variant), torch.rand(9, 2)
+    x, do = (torch.randn(3, 9, 2, K).to(DTYPES[dtype]) for _ in range(2))
+    weight = [torch.randn(K)] if gain else []
+
+    def plain(x, weight=None):
+        phases = [t.to(torch.promote_types(x.dtype, torch.float32)) for t in (cos, sin)]
+        y = plain_norm(x, None if weight is None else weight.to(x.dtype), 1e-5)
+        return plain_rotate(y, *phases, variant, scale.to(phases[0].dtype))
+
+    test = gradients(lambda x, w=None: rotate(x, cos, sin, variant, scale, (w, 1e-5)), x, weight, do)
+    gold = gradients(plain, x.double(), [w.double() for w in weight], do.double())
+    for what, *three in zip(("y", "dx", "dgain"), gold, test, gradients(plain, x, weight, do), strict=False):
+        assert three[1].dtype == (torch.float32 if what == "dgain" else DTYPES[dtype])
+        gold_rule(*three, 0.5, what)
+
+
 @pytest.mark.parametrize("variant", rotary.VARIANTS)
 @torch.no_grad()
 def test_rotating_slices_of_one_projection(variant, same):
@@ -219,6 +241,8 @@ def test_rotating_slices_of_one_projection(variant, same):
     for x in (q, k, q.flip(0), q[:, :9:2].expand(3, 5, 4, 8), k[:, 3:4], k[1:2, 3:4], k.transpose(0, 1)[:9, :3]):
         phases = (cos[: x.shape[1]], sin[: x.shape[1]])
         same(rotate(x, *phases, variant), plain_rotate(x, *phases, variant, None), 1e-6)
+        want = plain_rotate(plain_norm(x, None, 1e-5), *phases, variant, None)
+        same(rotate(x, *phases, variant, norm=(None, 1e-5)), want, 1e-6)
     assert rotate(q[:0], cos, sin, variant).shape == (0, 9, 4, 8)
 
 
@@ -234,7 +258,7 @@ def test_in_a_compiled_graph_both_are_pytorchs(same):
     cos, sin = rotary.phases(torch.arange(5), 8, "interleaved")
 
     def f(x, weight):
-        return rotate(rms_norm(x, weight, 1e-6), cos, sin, "interleaved", torch.full((1, 3), 0.5))
+        return rotate(x, cos, sin, "interleaved", torch.full((1, 3), 0.5), (weight, 1e-6))
 
     same(torch.compile(f, fullgraph=True, backend="eager")(x, weight), f(x, weight), 1e-6)
 
@@ -243,8 +267,11 @@ def test_in_a_compiled_graph_both_are_pytorchs(same):
 def test_no_number_is_read_that_nobody_wrote(dtype, poisoned, way):
     x, weight = torch.randn(5, 6, 3, 10).to(DTYPES[dtype]), torch.randn(10).to(DTYPES[dtype])
     cos, sin = rotary.phases(torch.arange(6), 10, "half")
-    found = gradients(lambda x, w: rotate(rms_norm(x, w, 1e-6), cos, sin, "half"), x, [weight], torch.ones(5, 6, 3, 10))
-    assert all(t.isfinite().all() for t in found)
+    for f in (
+        lambda x, w: rotate(rms_norm(x, w, 1e-6), cos, sin, "half"),
+        lambda x, w: rotate(x, cos, sin, "half", norm=(w, 1e-6)),
+    ):
+        assert all(t.isfinite().all() for t in gradients(f, x, [weight], torch.ones(5, 6, 3, 10)))
     if way == "compiled":
         assert poisoned["empty"] and poisoned["empty_like"]
 

@@ -20,11 +20,14 @@ typedef struct {
 } Norm;
 
 typedef struct {
-    i64 tokens, T, H, K, dtype, half, phase_rows, scale_rows, stride, threads; /* rows: 1 (0: none), T or tokens */
-    double sign;                                                               /* of the angle */
-    const void *x;                                                             /* tokens `stride` elements apart */
-    const float *cos, *sin, *scale;                                            /* [phase_rows][K/2]; [scale_rows][H] */
+    i64 tokens, T, H, K, dtype, half, phase_rows, scale_rows, stride; /* rows: 1 (0: none), T or tokens */
+    i64 gain_dtype, threads; /* -1: a norm without gain, -2: no norm */
+    double sign, eps;        /* sign of the angle */
+    const void *x, *dy, *gain; /* tokens of x `stride` elements apart; dy only with a norm */
+    const float *cos, *sin, *scale; /* [phase_rows][K/2]; [scale_rows][H] */
     void *y;
+    float *norm;   /* [tokens][H] 1 / root mean square */
+    double *dgain; /* [threads][K] */
 } Rotate;
 
 typedef struct {
@@ -163,39 +166,91 @@ int rms_norm_backward(const Norm *c) { return norm(c, 1); }
 
 INLINE i64 place(i64 rows, i64 token, i64 T) { return rows == 1 ? 0 : rows == T ? token % T : token; }
 
+/* y = x, turned and scaled */
+INLINE void turn_row(const Rotate *c, const float *restrict cosine, const float *restrict sine, float factor,
+                     const float *restrict x, float *restrict y) {
+    i64 half = c->K / 2;
+    float turned = factor * (float)c->sign;
+    if (c->half)
+        for (i64 i = 0; i < half; i++) {
+            float a = x[i], b = x[i + half], u = factor * cosine[i], w = turned * sine[i];
+            y[i] = a * u - b * w, y[i + half] = b * u + a * w;
+        }
+    else
+        for (i64 i = 0; i < half; i++) {
+            float a = x[2 * i], b = x[2 * i + 1], u = factor * cosine[i], w = turned * sine[i];
+            y[2 * i] = a * u - b * w, y[2 * i + 1] = b * u + a * w;
+        }
+}
+
+/* work space of a thread: rows of K, padded with zeros to whole vectors */
+typedef struct { float *x, *y, *gain, *few; } Turn;
+
+INLINE void turn_token(const int dtype, const Rotate *c, const Turn *s, i64 t) {
+    i64 H = c->H, K = c->K;
+    const float *cosine = c->cos + place(c->phase_rows, t, c->T) * (K / 2);
+    const float *sine = c->sin + place(c->phase_rows, t, c->T) * (K / 2);
+    const float *scale = c->scale_rows ? c->scale + place(c->scale_rows, t, c->T) * H : NULL;
+    float *x = s->x, *y = s->y, *few = s->few;
+    const float *gain = s->gain;
+    for (i64 h = 0; h < H; h++) {
+        const void *given = element(c->x, dtype, t * c->stride + h * K);
+        void *made = (void *)element(c->y, dtype, (t * H + h) * K);
+        float factor = scale ? scale[h] : 1;
+        if (!c->dy) {
+            vf squares = {0};
+            for (i64 j = 0; j < K; j += LANES) {
+                vf part = read_at(dtype, given, j, K);
+                store(x + j, part), squares += part * part;
+            }
+            if (c->gain_dtype > -2) {
+                float norm = 1 / sqrtf(sum_of(squares) / K + (float)c->eps);
+                for (i64 j = 0; j < K; j += LANES) store(x + j, load(x + j) * splat(norm) * load(gain + j));
+                if (c->norm) c->norm[t * H + h] = norm;
+            }
+            turn_row(c, cosine, sine, factor, x, y);
+            for (i64 j = 0; j < K; j += LANES) write_at(dtype, load(y + j), made, j, K);
+            continue;
+        }
+        const void *dy = element(c->dy, dtype, (t * H + h) * K);
+        for (i64 j = 0; j < K; j += LANES) store(x + j, read_at(dtype, dy, j, K));
+        turn_row(c, cosine, sine, factor, x, y); /* by the opposite angle: of what was normalised */
+        vf norm = splat(c->norm[t * H + h]), sum = {0};
+        for (i64 j = 0; j < K; j += LANES) {
+            vf part = read_at(dtype, given, j, K) * norm;
+            store(x + j, part);
+            part *= load(y + j);
+            store(few + j, load(few + j) + part), sum += part * load(gain + j);
+        }
+        vf along = splat(sum_of(sum) / K);
+        for (i64 j = 0; j < K; j += LANES)
+            write_at(dtype, (load(y + j) * load(gain + j) - along * load(x + j)) * norm, made, j, K);
+    }
+}
+
+/* Rotates, after a norm of each head if there is one; the gradient of both if there is `dy`. Returns 1 if memory ran out. */
 int rotate(const Rotate *c) {
-    int failed = 0;
-    i64 H = c->H, K = c->K, size = size_of(c->dtype);
-#pragma omp parallel num_threads(threads_for(c->threads, c->tokens * H * K))
-    {
-        float *x = malloc(2 * K * 4), *y = x + K;
-        if (!x) {
+    int failed = 0, threads = threads_for(c->threads, c->tokens * c->H * c->K);
+    i64 K = c->K, wide = round_up(K, LANES);
+    if (c->dgain) memset(c->dgain, 0, c->threads * K * 8);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (i64 part = 0; part < threads; part++) {
+        float *space = calloc(4 * wide, 4);
+        Turn s = {space, space + wide, space + 2 * wide, space + 3 * wide};
+        if (!space) {
 #pragma omp atomic write
             failed = 1;
+            continue;
         }
-#pragma omp for schedule(static)
-        for (i64 t = 0; t < c->tokens; t++) {
-            if (!x) continue;
-            const float *cosine = c->cos + place(c->phase_rows, t, c->T) * (K / 2);
-            const float *sine = c->sin + place(c->phase_rows, t, c->T) * (K / 2);
-            const float *scale = c->scale_rows ? c->scale + place(c->scale_rows, t, c->T) * H : NULL;
-            for (i64 h = 0; h < H; h++) {
-                float factor = scale ? scale[h] : 1, turned = factor * (float)c->sign;
-                read_row(c->dtype, (const char *)c->x + (t * c->stride + h * K) * size, K, x, K);
-                if (c->half)
-                    for (i64 i = 0; i < K / 2; i++) {
-                        float a = x[i], b = x[i + K / 2], u = factor * cosine[i], w = turned * sine[i];
-                        y[i] = a * u - b * w, y[i + K / 2] = b * u + a * w;
-                    }
-                else
-                    for (i64 i = 0; i < K / 2; i++) {
-                        float a = x[2 * i], b = x[2 * i + 1], u = factor * cosine[i], w = turned * sine[i];
-                        y[2 * i] = a * u - b * w, y[2 * i + 1] = b * u + a * w;
-                    }
-                write_rows(c->dtype, y, K, 1, K, (char *)c->y + (t * H + h) * K * size, K);
-            }
+        for (i64 j = 0; j < K; j++) s.gain[j] = 1;
+        if (c->gain_dtype >= 0) read_row(c->gain_dtype, c->gain, K, s.gain, K);
+        for (i64 t = c->tokens * part / threads; t < c->tokens * (part + 1) / threads; t++) {
+            if (c->dtype == 0) turn_token(0, c, &s, t);
+            else if (c->dtype == 1) turn_token(1, c, &s, t);
+            else turn_token(2, c, &s, t);
+            if (c->dgain) move_sums(s.few, K, c->dgain + part * K);
         }
-        free(x);
+        free(space);
     }
     return failed;
 }

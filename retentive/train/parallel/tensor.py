@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from retentive.layers import Attention, FeedForward, MultiScaleRetention, RMSNorm
 from retentive.models import LanguageModel
-from retentive.ops.rows import rms_norm
 from retentive.train.parallel.mesh import Axis
 
 AXES = dict.fromkeys(("q_proj", "k_proj", "v_proj", "g_proj", "decay_proj", "forget_proj", "q_bias", "k_bias"), 0)
@@ -99,8 +98,9 @@ class _SharedNorm(RMSNorm):
         super().__init__(norm.width, eps=norm.eps, affine=False)
         self.weight, self.group = norm.weight, group
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, _Copied.apply(self.weight, self.group), self.eps)
+    @property
+    def gain(self) -> Tensor:
+        return _Copied.apply(self.weight, self.group)
 
 
 class _Copied(torch.autograd.Function):
