@@ -377,7 +377,7 @@ def add_convolved(
     One pass over memory if x is float32. Apart, the norm, the convolution and the sum write two tensors and read three
     more, and so do their gradients.
     """
-    if x.dtype == torch.float32 and dtype in DTYPES and compiled(x, gain) and compiled(weight):
+    if x.dtype == torch.float32 and compiled(x, gain) and compiled(weight) and unavailable(dtype) is None:
         return _AddConvolved.apply(x, gain, eps, dtype, weight, None if since is None else since.contiguous())
     return x + convolve(rms_norm(x, gain, eps, dtype), weight, since)
 

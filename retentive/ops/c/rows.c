@@ -21,9 +21,9 @@ typedef struct {
 
 typedef struct {
     i64 tokens, T, H, K, dtype, half, phase_rows, scale_rows, stride; /* rows: 1 (0: none), T or tokens */
-    i64 gain_dtype, threads; /* -1: a norm without gain, -2: no norm */
-    double sign, eps;        /* sign of the angle */
-    const void *x, *dy, *gain; /* tokens of x `stride` elements apart; dy only with a norm */
+    i64 gain_dtype, threads;        /* -1: a norm without gain, -2: no norm */
+    double sign, eps;               /* sign: of the angle */
+    const void *x, *dy, *gain;      /* tokens of x `stride` elements apart; dy, of a result: only with a norm */
     const float *cos, *sin, *scale; /* [phase_rows][K/2]; [scale_rows][H] */
     void *y;
     float *norm;   /* [tokens][H] 1 / root mean square */
@@ -51,8 +51,8 @@ typedef struct {
     double *dweight; /* [threads][n][D], double since it sums many rows */
 } Convolve;
 
-typedef struct {
-    i64 tokens, T, n, D, h_dtype, gain_dtype, weight_dtype, threads; /* as in Convolve; gain_dtype: -1 without gain */
+typedef struct { /* as in Convolve, with the norm before it */
+    i64 tokens, T, n, D, h_dtype, gain_dtype, weight_dtype, threads; /* h: the norm; gain_dtype: -1 without gain */
     double eps;
     const int *since;
     const float *x, *dy;
@@ -228,7 +228,7 @@ INLINE void turn_token(const int dtype, const Rotate *c, const Turn *s, i64 t) {
     }
 }
 
-/* Rotates, after a norm of each head if there is one; the gradient of both if there is `dy`. Returns 1 if memory ran out. */
+/* rotates, after a norm of each head if there is one; the gradient of both if there is `dy`; 1 without memory */
 int rotate(const Rotate *c) {
     int failed = 0, threads = threads_for(c->threads, c->tokens * c->H * c->K);
     i64 K = c->K, wide = round_up(K, LANES);
