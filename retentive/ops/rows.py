@@ -115,7 +115,7 @@ def add_norm(
     # compiled graphs and torch.func differentiate F.rms_norm themselves and cannot see inside _RMSNorm
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transformed():
         return _RMSNorm.apply(x, more, weight, eps, dtype)
-    if compiled(x, weight):
+    if compiled(x, weight) and unavailable(dtype) is None:
         return _normalise(x, more, weight, eps, None, dtype)
     x = x if more is None else x + more
     return x, F.rms_norm(x, (x.shape[-1],), weight, eps).to(dtype)
@@ -151,7 +151,8 @@ class _RMSNorm(torch.autograd.Function):
         ctx, x: Tensor, more: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.compiled, ctx.added, ctx.dtype = compiled(x, weight), more is not None, dtype
+        ctx.compiled = compiled(x, weight) and unavailable(dtype) is None
+        ctx.added, ctx.dtype = more is not None, dtype
         if ctx.compiled:
             scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
             total, y = _normalise(x, more, weight, eps, scale, dtype)

@@ -124,6 +124,20 @@ def test_a_sum_of_a_wider_dtype_than_its_stream_is_pytorchs(same):
 
 
 @torch.no_grad()
+def test_a_dtype_that_the_compiler_lacks_is_left_to_pytorch(monkeypatch, same):
+    """Without float16, C would write whole numbers."""
+    x, weight, taps = torch.randn(1, 9, 6), torch.randn(6), torch.randn(3, 6).half()
+    monkeypatch.setattr(rows, "unavailable", lambda dtype: "no float16" if dtype == torch.float16 else None)
+    monkeypatch.setattr(rows, "compiled", lambda x, weight=None: x.dtype == torch.float32)
+    monkeypatch.setattr(rows, "_call", lambda function, call: pytest.fail(f"{function} ran in C"))
+    want = plain_norm(x, weight, 1e-5).half()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            same(rms_norm(x, weight, 1e-5, torch.float16), want, 1e-3)
+            added = add_convolved(x, weight, 1e-5, torch.float16, taps)
+        same(added, x + plain_convolve(want, taps, None), 1e-3)
+
+
 def test_norms_of_any_layout_and_of_nothing(same):
     x = torch.randn(6, 8, 10)
     same(rms_norm(x.mT, None, 1e-6), rms_norm(x.mT.contiguous(), None, 1e-6), 1e-6)
