@@ -27,7 +27,7 @@ from retentive.native.library import FOLDER, OPS
 from retentive.ops.compiler import FLAGS, NotBuilt, Source, load
 
 SOURCE = Source("retentive", (FOLDER / "retentive.c",), (FOLDER, OPS), (*FLAGS, f"-I{OPS}"))
-LEFT_OUT = ("backward.c", "cpu.c", "rows.c")
+LEFT_OUT = ("backward.c", "cpu.c", "rows.c", "windows.c")
 """Files of the operator for training and PyTorch only."""
 TEXT = "It's the 5th of 1990's days, isn't it?  We'll see:\r\n\n\tnaïve «été» — 東京 🙂 don't end "
 """Text that both split into tokens."""
