@@ -87,8 +87,8 @@ class Convolution(Mixer):
     def branch(
         self, x: Tensor, norm: RMSNorm, memory: Any, positions: Positions, phases: Phases | None, *, drops: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Adds the output to x in the same pass over memory, where nothing lies before x or between the two."""
-        apart = phases is not None and not torch.is_grad_enabled()  # its last tokens lie at the ends of all sequences
+        """Adds the output to x in one pass over memory, unless a state, another rank or dropout comes between."""
+        apart = phases is not None and not torch.is_grad_enabled()  # the state needs tokens from the middle of x
         if drops or memory is not None or self.context is not None or apart:
             return super().branch(x, norm, memory, positions, phases, drops=drops)
         out = norm.add_convolved(x, self.weight, None if phases is None else phases.since_BT)

@@ -17,7 +17,7 @@ class Mixer(nn.Module):
         """Returns (x `[B,T,D]`, the mixer's output, memory). The output is None if x has it already.
 
         Args:
-            drops: parts of the output will be dropped before it is added to x.
+            drops: dropout follows, so the output must stay apart from x.
         """
         x, h = norm.branch(x)
         return x, *self(h, memory, positions, phases)

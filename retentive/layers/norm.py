@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
 
     @property
     def gain(self) -> Tensor | None:
-        """The weight, as every pass uses it."""
+        """The weight as operations read it; a subclass may share its gradient with other ranks."""
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:

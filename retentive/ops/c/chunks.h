@@ -176,7 +176,7 @@ INLINE vf given_whole(const int dtype, Given x, i64 i, i64 j, const float *facto
     return factor ? y * splat(factor[i]) : y;
 }
 
-/* the same where rows end: zeros outside */
+/* the same where a row or the rows end: zeros outside */
 static vf given_edge(int dtype, Given x, i64 i, i64 j, const float *factor) {
     float y[LANES];
     if (i >= x.count || j >= x.n) return (vf){0};
