@@ -24,6 +24,7 @@ from retentive.bench.lab import clock, models, neighbour
 from retentive.bench.lab.decoders import Decoding, Rival, make
 from retentive.bench.lab.options import OnDevice, Say, Sized, silent
 from retentive.bench.lab.plot import grid, legend, panel, tokens
+from retentive.infer.decoder import STATES
 from retentive.models import cost
 from retentive.options import at_least_one, known
 from retentive.tables import counted, duration, markdown
@@ -48,7 +49,9 @@ class Options(OnDevice, Sized):
     -int8 or -int4: native, native-twin (the grouped twin), native-hybrid. Of llama.cpp, if
     installed, the grouped twin: llamacpp-f16, llamacpp-q8_0, llamacpp-q4_0."""
     precision: str = "bf16"
-    """Precision of weights and caches, bf16 or fp32; the state is always float32."""
+    """Precision of weights and caches, bf16 or fp32; states are float32."""
+    state_precision: str = "fp32"
+    """Precision of retention states of the models in C: fp32, bf16 or int8."""
     full_heads: bool = False
     """Give the twin in C and in llama.cpp a key head for every query head, as in `transformer`."""
     steps: int = 16
@@ -69,10 +72,16 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """
     config, device = options.config, options.torch_device
     known([options.precision], models.PRECISIONS, "precision")
+    known([options.state_precision], STATES, "`state_precision`")
     at_least_one(options, "contexts", "batches", "steps", "repeats")
     dtype, names = models.PRECISIONS[options.precision], models.chosen(options.models, models.NAMES, device, say)
     # made once for all batches and contexts, which differ only in their states
-    rivals = {name: make(name, config, device, dtype, full_heads=options.full_heads) for name in names}
+    rivals = {
+        name: make(
+            name, config, device, dtype, full_heads=options.full_heads, state_dtype=STATES[options.state_precision]
+        )
+        for name in names
+    }
     for one in rivals.values():
         one.check()  # all before anything is timed, since a wrong step may be fast
     rows = []
@@ -91,6 +100,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         "hardware": machine.describe(),
         "device": str(device),
         "precision": options.precision,
+        "state_precision": options.state_precision,
         "heads": {
             name: [getattr(one.config.without_convolutions().mixers[0], h) for h in ("heads", "kv_heads")]
             for name, one in rivals.items()

@@ -10,6 +10,7 @@ from retentive.bench import decode
 from retentive.bench.decode import Options
 from retentive.bench.lab import decoders, models
 from retentive.models import LanguageModel, cost, retnet, twin
+from retentive.ops.ring import slots
 
 CONFIG = retnet(vocab_size=31, dim=32, layers=2, heads=4)
 CPU = torch.device("cpu")
@@ -200,6 +201,24 @@ def test_models_in_c_move_as_many_bytes_as_their_weights_have(monkeypatch):
     assert "RetNet in C, int4: a step" in table
 
 
+@pytest.mark.skipif(models.missing("native-int8", CPU) is not None, reason=str(models.missing("native-int8", CPU)))
+@pytest.mark.parametrize(("state_precision", "bytes_of_a_row"), [("fp32", 4 * 16), ("bf16", 2 * 16), ("int8", 16 + 4)])
+@torch.inference_mode()
+def test_states_of_models_in_c_have_the_precision_that_was_asked_for(state_precision, bytes_of_a_row):
+    """Two layers of 4 heads with states of 8 x 16; only models in C have fewer bits."""
+    asked = decode.STATES[state_precision]
+    of_torch, in_c = (
+        decoders.make(n, CONFIG, CPU, torch.bfloat16, state_dtype=asked) for n in ("retnet", "native-int8")
+    )
+    dtypes = [[m.layer.state.dtype for m in one.fill(3, 10, room=4).memories] for one in (of_torch, in_c)]
+    assert dtypes == [[torch.float32] * 2, [asked or torch.float32] * 2]
+    saved = 3 * 2 * 4 * 8 * (4 * 16 - bytes_of_a_row)
+    assert of_torch.remembers(3, 10) - in_c.remembers(3, 10) == saved
+    of_weights = cost.matrix_parameters(CONFIG) * (2 - in_c.bytes_per_weight)
+    fold = slots(8, 16) // 2
+    assert of_torch.moves(3, 10) - in_c.moves(3, 10) == pytest.approx(of_weights + saved * (1 + 1 / fold))
+
+
 @pytest.mark.skipif(models.missing("llamacpp-f16", CPU) is not None, reason=str(models.missing("llamacpp-f16", CPU)))
 def test_llamacpp_decodes_what_it_is_given():
     config = retnet(vocab_size=64, dim=64, layers=2, heads=4)
@@ -218,6 +237,7 @@ def test_llamacpp_decodes_what_it_is_given():
     ("how", "words"),
     [
         (dict(precision="fp8"), "unknown precision 'fp8'"),
+        (dict(state_precision="int4"), "unknown `state_precision` 'int4', expected one of fp32, bf16, int8"),
         (dict(models=("retnet", "mamba")), "unknown model 'mamba'"),
         (dict(models=("transformer",)), "`models=('transformer',)`: retnet is missing"),
         (dict(repeats=0), "`repeats=0`: must be at least 1"),

@@ -1,6 +1,7 @@
 """Models that decode, of this package and of others, and the cost of a step of each."""
 
 import inspect
+import math
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from retentive.infer.generate import step_threads
 from retentive.infer.graphs import RecordedStep, recordable
 from retentive.layers import RetentionConfig
 from retentive.models import ModelConfig, cost
-from retentive.ops.ring import slots
+from retentive.ops.ring import slots, stored_shape
 
 FOLDED = 64
 """More tokens than a ring has slots."""
@@ -25,13 +26,22 @@ TRIED = 4
 class Rival:
     """Model that decodes, with its costs."""
 
-    def __init__(self, name: str, config: Any, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        name: str,
+        config: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        state_dtype: torch.dtype | None = None,
+    ):
         """
         Args:
             config: config of the model itself.
             dtype: dtype of weights and caches.
+            state_dtype: dtype of the states of retention; None: float32.
         """
         self.name, self.config, self.device, self.dtype = name, config, device, dtype
+        self.state_dtype = state_dtype
         self.model = self.made()
         self.ring_bytes = self.ring()
 
@@ -44,10 +54,13 @@ class Rival:
         return self.dtype.itemsize
 
     def ring(self) -> int:
-        """Returns the bytes that a sequence takes during decoding, beside its state or cache."""
+        """Returns the bytes that a sequence takes during decoding, beside its float32 state or its cache.
+
+        They are negative if a state of fewer bits saves more than the ring takes.
+        """
         state: Any = self.model.init_state(1)
         state = state.reserve(max(state.windows))  # a window's slots are the cache
-        return state.for_decoding(self.dtype).nbytes - state.nbytes
+        return state.for_decoding(self.dtype, state_dtype=self.state_dtype).nbytes - state.nbytes
 
     def check(self) -> None:
         """Correctness gate: raises ArithmeticError if decoding gives other logits than reading at once."""
@@ -61,7 +74,7 @@ class Rival:
             # broadcast, since random numbers for all would take minutes
             x[:] = torch.randn(x[:1, :1].shape, dtype=x.dtype, device=x.device)
         state.position.fill_(context)  # rotations and masks of the next token depend on it
-        return state.for_decoding(self.dtype)  # with the ring, as the engine decodes
+        return state.for_decoding(self.dtype, state_dtype=self.state_dtype)  # with the ring, as the engine decodes
 
     def step(self, ids: Tensor, state: Any) -> Any:
         """Returns the state after one more token of each sequence; computes and drops its logits."""
@@ -80,14 +93,17 @@ class Rival:
         weights = cost.matrix_parameters(self.config) * self.bytes_per_weight
         shapes = [m.head_shape for m in self.config.mixers if m.kind == RetentionConfig.kind]
         caches = cost.cache_bytes(self.config, context, sequences=batch, bytes_per_value=self.dtype.itemsize)
-        return weights + caches + sum(ring_bytes(batch, H, K, V, self.dtype.itemsize) for H, K, V in shapes)
+        state_dtype = self.state_dtype or torch.float32
+        rings = sum(ring_bytes(batch, H, K, V, self.dtype.itemsize, state_dtype) for H, K, V in shapes)
+        return weights + caches + rings
 
 
-def ring_bytes(B: int, H: int, K: int, V: int, itemsize: int) -> int:
+def ring_bytes(B: int, H: int, K: int, V: int, itemsize: int, state_dtype: torch.dtype = torch.float32) -> int:
     """Returns the average bytes that a step of one layer with a ring moves; `itemsize` is that of q, k and v."""
     fold = slots(K, V) // 2
     rows = (3 * fold + 1) / 2 + 2  # of K + V: those in the ring, the new one among them; q and o; k and v
-    return round(B * H * (4 * K * V * (1 + 1 / fold) + rows * (K + V) * itemsize))
+    state = math.prod(stored_shape((K, V), state_dtype)) * state_dtype.itemsize
+    return round(B * H * (state * (1 + 1 / fold) + rows * (K + V) * itemsize))
 
 
 class Recorded(Rival):
@@ -153,8 +169,8 @@ class Llama(Rival):
 class Native(Rival):
     """Model in C, with a ring and caches of bfloat16."""
 
-    def __init__(self, name: str, config: Any, device: torch.device, dtype: torch.dtype):
-        super().__init__(name, config, device, torch.bfloat16)
+    def __init__(self, name: str, config: Any, device: torch.device, state_dtype: torch.dtype | None):
+        super().__init__(name, config, device, torch.bfloat16, state_dtype)
 
     @property
     def bytes_per_weight(self) -> float:
@@ -198,7 +214,13 @@ class LlamaCpp(Rival):
 
 
 def make(
-    name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype, *, full_heads: bool = False
+    name: str,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    full_heads: bool = False,
+    state_dtype: torch.dtype | None = None,
 ) -> Rival:
     """Returns the rival of that name.
 
@@ -206,13 +228,16 @@ def make(
         config: config of the RetNet, whose twins the others are.
         dtype: dtype of weights and caches, for models of this package and of transformers.
         full_heads: give the twin in C and in llama.cpp a key head for every query head.
+        state_dtype: dtype of the states of retention in C; None: float32.
     """
     if name == "llama":
         return Llama(name, config, device, dtype)
     own = models.config_of(name, config, full_heads=full_heads)
     if name in models.LLAMACPP:
         return LlamaCpp(name, own, device)
-    kind = Native if name in models.NATIVE else Recorded if recordable(own, device) else Rival
+    if name in models.NATIVE:
+        return Native(name, own, device, state_dtype)
+    kind = Recorded if recordable(own, device) else Rival
     return kind(name, own, device, dtype)
 
 
