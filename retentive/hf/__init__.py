@@ -12,7 +12,7 @@
 try:
     import transformers
 except ImportError:
-    raise ImportError("transformers is missing: pip install 'retentive[hf]'") from None
+    raise ImportError("transformers is missing: pip install 'retentive[hf]'", name="transformers") from None
 
 from retentive.hf.folder import to_hf
 from retentive.hf.mlx import to_mlx
