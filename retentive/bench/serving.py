@@ -102,11 +102,11 @@ def of_model(
         "engine": partial(through_engine, model, streams, streams, tokens),
         "bare": partial(bare, model, streams, tokens),
     }
-    for name, other in (others or {}).items():
-        gate(other, streams)
-        runs[name] = partial(through_engine, other, streams, streams, tokens, STATES[options.state_precision])
-    found = in_turns(runs, repeats, say)
     of_states = dict.fromkeys(others or {}, STATES[options.state_precision])
+    for name, other in (others or {}).items():
+        gate(other, streams, of_states[name])
+        runs[name] = partial(through_engine, other, streams, streams, tokens, of_states[name])
+    found = in_turns(runs, repeats, say)
     waits = {
         name: between_tokens(each, streams, tokens, options.prompt, of_states.get(name))
         for name, each in {"engine": model, **(others or {})}.items()
@@ -169,17 +169,17 @@ def prompts(model: LanguageModel, count: int, length: int, seed: int = 0) -> lis
     return torch.randint(model.config.vocab_size, (count, length), generator=generator).tolist()
 
 
-def gate(model: LanguageModel, streams: int) -> None:
+def gate(model: LanguageModel, streams: int, state_dtype: torch.dtype | None = None) -> None:
     """Raises ArithmeticError unless streams that join one by one give the tokens that each gives alone."""
     # stepped from here and not by its thread, so that streams always join in the same order
-    engine, made = Engine(model, slots=streams), []
+    engine, made = Engine(model, slots=streams, state_dtype=state_dtype), []
     for n, ids in enumerate(prompts(model, streams, 9)):
         made += engine.submit(ids, SamplingParams(seed=n), max_tokens=24)
         engine.step()  # the next stream joins a batch that already decodes
     while engine.step():
         continue
     for n, (ids, stream) in enumerate(zip(prompts(model, streams, 9), made, strict=True)):
-        alone = Engine(model, slots=1)
+        alone = Engine(model, slots=1, state_dtype=state_dtype)
         want = alone.submit(ids, SamplingParams(seed=n), max_tokens=24)[0]
         while alone.step():
             continue

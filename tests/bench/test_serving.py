@@ -96,6 +96,18 @@ def test_the_gate_sees_tokens_of_another_stream(monkeypatch, refuses):
         serving.of_model(model(), Options(streams=3, tokens=5, prompt=10, long=0, repeats=1))
 
 
+def test_the_gate_has_states_of_the_dtype_that_is_timed(monkeypatch):
+    dtypes = []
+
+    def made(*args, **options):
+        dtypes.append(options["state_dtype"])
+        return Engine(*args, **options)
+
+    monkeypatch.setattr(serving, "Engine", made)
+    serving.gate(model(), 2, torch.int8)
+    assert dtypes == [torch.int8] * 3  # of both streams together, and of each alone
+
+
 def test_the_bare_step_is_the_models_own(monkeypatch):
     called, one = [], model()
     hidden = one.hidden

@@ -64,7 +64,7 @@ class Rival:
 
     def check(self) -> None:
         """Correctness gate: raises ArithmeticError if decoding gives other logits than reading at once."""
-        models.check_decoding(self.model)
+        models.check_decoding(self.model, state_dtype=self.state_dtype)
 
     def fill(self, batch: int, context: int, room: int) -> Any:
         """Returns a state as after `context` tokens, with room for `room` more, so that no cache grows while timed."""

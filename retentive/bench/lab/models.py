@@ -160,15 +160,20 @@ def check_forms(model: LanguageModel, length: int) -> float:
 
 
 @torch.inference_mode()
-def check_decoding(model: LanguageModel, length: int = 48) -> float:
+def check_decoding(model: LanguageModel, length: int = 48, *, state_dtype: torch.dtype | None = None) -> float:
     """Returns the largest difference of logits between reading a text at once and token by token, in the model's dtype.
 
+    Args:
+        length: tokens of the text, by default enough to fold the ring of any head several times.
+        state_dtype: dtype of the states of retention while decoding; None: float32.
+
     Raises:
-        ArithmeticError: the difference is above the tolerance (16 roundings, relative to the largest logit,
-            but for float32).
+        ArithmeticError: the difference is above the tolerance (16 roundings of the narrowest dtype, relative to the
+            largest logit, but for float32).
     """
     ids = _ids(model, length)
-    want, state = model(ids)[0], None
+    want = model(ids)[0]
+    state: Any = model.init_state(1).reserve(length).for_decoding(model.dtype, state_dtype=state_dtype)
     parts = []
     for t in range(length):
         logits, state = model(ids[:, t : t + 1], state)
@@ -176,8 +181,11 @@ def check_decoding(model: LanguageModel, length: int = 48) -> float:
     worst = float((torch.cat(parts, 1) - want).abs().max())
     # One rounding to bf16 changes a number by 2^-8 of it at most; one to 127 steps, by as much of its group's largest
     # number, which is four times as large as most.
-    step = 2**-6 if getattr(model, "activations", "") == "int8" else 2**-8
-    bound = TOLERANCE if model.dtype == torch.float32 else 16 * step * max(1.0, float(want.abs().max()))
+    if state_dtype == torch.int8 or getattr(model, "activations", "") == "int8":
+        step = 2**-6
+    else:
+        step = 2**-8 if torch.bfloat16 in (state_dtype, model.dtype) else 0
+    bound = 16 * step * max(1.0, float(want.abs().max())) if step else TOLERANCE
     if not worst <= bound:
         raise ArithmeticError(
             f"{model.config.name} decodes logits that are off by {worst:.1e}, more than {bound:.1e}: not timed"

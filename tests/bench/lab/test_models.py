@@ -43,6 +43,13 @@ def test_forms_and_decoding_that_agree_pass_with_their_difference():
     assert 0 < models.check_decoding(build(CONFIG)) < models.TOLERANCE
 
 
+def test_decoding_is_checked_with_states_of_the_dtype_that_is_timed():
+    """Rounding to 127 steps moves a number more than rounding to bf16 does, and that more than float32 sums do."""
+    model = build(CONFIG)
+    off = [models.check_decoding(model, state_dtype=dtype) for dtype in (None, torch.bfloat16, torch.int8)]
+    assert off[0] < models.TOLERANCE < off[1] < off[2]
+
+
 def test_decoding_in_bf16_may_be_off_by_its_rounding_and_no_more(monkeypatch, refuses):
     model = models.make("retnet", CONFIG, torch.device("cpu"), torch.bfloat16)
     assert models.check_decoding(model) > 0
