@@ -198,6 +198,10 @@ def fields_of(config: Any) -> Iterator[str]:
         yield f"{' ' * len(name)} feed-forward: {layer}"
     if apart:
         yield "in the order " + " ".join(map(str, order))
+    mixers = config.without_convolutions().mixers if different else ()
+    if len(mixers) < len(order):
+        kinds = ", ".join(f"{n} {mixer.kind}" for n, mixer in enumerate(mixers))
+        yield f"blocks without those of convolutions: {kinds}"
 
 
 def senses(encoders: Mapping[str, EncoderConfig], dim: int) -> Iterator[str]:

@@ -366,7 +366,8 @@ def mixed(
     places = set(range(every - 1, layers, every) if attention is None else attention)
     unknown = places - set(range(layers))
     if unknown:
-        raise ValueError(f"attention names block {min(unknown)}, but the blocks are 0 to {layers - 1}")
+        of_them = f"the blocks without those of convolutions are 0 to {layers - 1}"
+        raise ValueError(f"attention names block {min(unknown)}, but {of_them}")
     if not 0 < len(places) < layers:
         named, other = ("every block", "a Transformer") if places else ("no block", "a RetNet")
         some = f"one or more of 0 to {layers - 1}, but not all"

@@ -89,7 +89,7 @@ WRONG = {
     "misspelt-field": ("mine:gates=false", "unknown field 'gates': did you mean gate?"),
     "unknown-field": ("mine:nonsense=1", "unknown field 'nonsense', expected one of model, "),
     "misspelt-model": ("mine:modle=hybrid", "unknown field 'modle': did you mean model?"),
-    "no-block": ("mine:model=hybrid,attention=[9]", "attention names block 9, but the blocks are 0 to"),
+    "no-block": ("mine:model=hybrid,attention=[9]", "attention names block 9, but the blocks without those of conv"),
     "wrong-type": ("mine:gate=maybe", "expected true or false"),
     "contradiction": ("mine:score_norm=true", "score_norm needs decays that are known beforehand"),
     "unknown-model": ("mine:model=lstm", "unknown model 'lstm'"),

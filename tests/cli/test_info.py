@@ -36,3 +36,5 @@ def test_equal_blocks_that_stand_apart_are_shown_once(capsys):
     text = capsys.readouterr().out
     assert text.count("x retention:") == text.count("x attention:") == 1 and "(2) 3 x retention: dim=128" in text
     assert "in the order 1 2 3 1 4 5 1 2 3 1 4 5 1 2 3" in text
+    kinds = "0 retention, 1 attention, 2 retention, 3 attention, 4 retention"
+    assert f"blocks without those of convolutions: {kinds}" in text
