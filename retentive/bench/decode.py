@@ -45,11 +45,12 @@ class Options(OnDevice, Sized):
     batches: tuple[int, ...] = (1, 8)
     """Batch sizes: sequences decoded together."""
     models: tuple[str, ...] = tuple(models.NAMES)
-    """Models: retnet, transformer, grouped (the twin with grouped heads), llama (of transformers). In C, with -bf16,
-    -int8 or -int4: native, native-twin (the grouped twin), native-hybrid. Of llama.cpp, if
-    installed, the grouped twin: llamacpp-f16, llamacpp-q8_0, llamacpp-q4_0."""
+    """Models: retnet (needed), transformer, grouped (the twin with grouped heads), hybrid, llama (of transformers). In
+    C, with -bf16, -int8 or -int4: native, native-twin (the grouped twin), native-hybrid; with activations of 8 bits
+    beside weights of 8 or 4: native-w8a8, native-w4a8. Of llama.cpp, if installed, the grouped twin: llamacpp-f16,
+    llamacpp-q8_0, llamacpp-q4_0."""
     precision: str = "bf16"
-    """Precision of weights and caches, bf16 or fp32; states are float32."""
+    """Precision of weights and caches of the models in PyTorch, bf16 or fp32. Their states are float32."""
     state_precision: str = "fp32"
     """Precision of retention states of the models in C: fp32, bf16 or int8."""
     full_heads: bool = False
@@ -72,7 +73,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
     """
     config, device = options.config, options.torch_device
     known([options.precision], models.PRECISIONS, "precision")
-    known([options.state_precision], STATES, "`state_precision`")
+    models.check_states(options.state_precision, options.models)
     at_least_one(options, "contexts", "batches", "steps", "repeats")
     dtype, names = models.PRECISIONS[options.precision], models.chosen(options.models, models.NAMES, device, say)
     # made once for all batches and contexts, which differ only in their states
@@ -199,10 +200,10 @@ def timed(rivals: dict[str, Rival], batch: int, context: int, options: Options) 
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns the rows as a Markdown table, and the context from which the state is smaller than a cache."""
+    """Returns the rows as a Markdown table, and notes: its terms, and from which context the state is smaller."""
     names = list(result["parameters"])
-    heads = ["batch", "context", *(f"{models.NAMES[name]}: a step" for name in names)]
-    heads += ["RetNet: memory", *(f"{models.NAMES[name]}: memory" for name in names[1:])]
+    heads = ["batch", "context", *(f"{models.label(name, result)}: a step" for name in names)]
+    heads += [f"{models.label(name, result)}: memory" for name in names]
     lines = []
     for row in result["rows"]:
         base, cells = row["models"]["retnet"], [str(row["batch"]), f"{row['context']:,}"]
@@ -216,8 +217,12 @@ def table(result: dict[str, Any]) -> str:
             cells.append(decimal(other["memory_bytes"]) + times if "memory_bytes" in other else "–")
         lines.append(cells)
     notes = [
-        f"- The state with its ring is smaller than the cache of {models.NAMES[name]} from {counted(n, 'token')} of "
-        "context."
+        "- %: the time that a step needs by memory and arithmetic alone, as a part of its time. x: the time or memory "
+        "of RetNet times this. Memory is that of weights and of states or caches."
+    ]
+    notes += [
+        f"- The float32 state with its ring is smaller than the cache of {models.NAMES[name]} from "
+        f"{counted(n, 'token')} of context."
         for name, n in result["break_even"].items()
     ]
     notes += filter(
@@ -236,9 +241,14 @@ def _times(other: dict[str, Any], base: dict[str, Any], key: str) -> str:
 
 
 def fastest(rows: list[dict[str, Any]], batch: int) -> str | None:
-    """Returns a line on the fastest RetNet and Transformer, at the longest context at which both were measured."""
+    """Returns a line on the fastest RetNet and Transformer, at the longest context at which both were measured.
+
+    Beside Transformers in PyTorch alone, RetNets in C are left out: the line would be about C.
+    """
     for row in sorted((r for r in rows if r["batch"] == batch), key=lambda r: r["context"], reverse=True):
         seconds = {name: of["seconds"] for name, of in row["models"].items() if "seconds" in of}
+        if not seconds.keys() & TRANSFORMERS & models.IN_C:
+            seconds = {name: of for name, of in seconds.items() if name not in models.IN_C}
         ours, theirs = (sorted(seconds.keys() & kind, key=lambda n: seconds[n]) for kind in (RETNETS, TRANSFORMERS))
         if ours and theirs:
             best, other = ours[0], theirs[0]
@@ -266,7 +276,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     latency = (by_batch, "seconds", f"one step at context {tokens(at)} (ms)", "batch", 1e-3)
     panels = [memory, throughput] * (len(contexts) > 1) + [latency] * (len(by_batch) > 1) or [memory, latency]
     figure, axes = grid(title, 1, len(panels), size=(4.8, 4.0))
-    names = models.shown(list(result["parameters"]), by_context[-1][1])
+    names = models.shown(list(result["parameters"]), by_context[-1][1], result)
     for axis, (points, key, label, along, unit) in zip(axes[0], panels, strict=True):
         panel(axis, points, names, key, label, along, unit=unit, looks=models.LOOKS)
     legend(figure, axes)

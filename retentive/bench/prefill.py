@@ -138,7 +138,7 @@ def plot(result: dict[str, Any], path: str | Path, *, title: str) -> None:
     """Writes a PNG: tokens/s against length."""
     figure, axes = grid(title, 1, 1, size=(6, 4.2))
     points = [(row["length"], row["models"]) for row in result["rows"]]
-    names = models.shown(list(result["parameters"]), points[-1][1])
+    names = models.shown(list(result["parameters"]), points[-1][1], result)
     panel(axes[0, 0], points, names, "tokens_per_second", "tokens/s", "tokens of the prompt", looks=models.LOOKS)
     legend(figure, axes)
     figure.savefig(path, dpi=120, format="png")

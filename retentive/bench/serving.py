@@ -35,6 +35,7 @@ from retentive.infer import SamplingParams
 from retentive.infer.cache import PrefixCache
 from retentive.infer.decoder import STATES
 from retentive.infer.engine import Engine
+from retentive.infer.generate import step_threads
 from retentive.infer.sample import Sampler, pick
 from retentive.models import LanguageModel, cost
 from retentive.options import at_least_one, known
@@ -67,8 +68,8 @@ class Options(Sized):
     state_precision: str = "fp32"
     """Precision of retention states of the models in C: fp32, bf16 or int8."""
     models: tuple[str, ...] = MODELS
-    """Models, each with its own engine: retnet. In C, with -bf16, -int8 or -int4: native, native-twin (its Transformer
-    twin), native-hybrid. With activations of 8 bits beside weights of 8 or 4: native-w8a8, native-w4a8."""
+    """Models, each with its own engine: retnet (needed). In C, with -bf16, -int8 or -int4: native, native-twin (its
+    Transformer twin), native-hybrid. With activations of 8 bits beside weights of 8 or 4: native-w8a8, native-w4a8."""
 
 
 def measure(options: Options, say: Say = silent) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def measure(options: Options, say: Say = silent) -> dict[str, Any]:
         ValueError: a precision or model is unknown.
     """
     known([options.precision], models.PRECISIONS, "precision")
-    known([options.state_precision], STATES, "`state_precision`")
+    models.check_states(options.state_precision, options.models)
     cpu, dtype = torch.device("cpu"), models.PRECISIONS[options.precision]
     names = models.chosen(options.models, MODELS, cpu, say)
     model, *others = (models.make(name, models.config_of(name, options.config), cpu, dtype) for name in names)
@@ -145,8 +146,9 @@ def beside_server(model: LanguageModel, engine: Callable[[], float], options: Op
     streams, tokens = options.streams, options.tokens
     tokenizer = http.library_tokenizer(model.config.vocab_size)
     asked = http.requests(model, tokenizer, prompts(model, streams, 2), tokens)
-    # no prefix cache, so that repetitions do not gain from prompts read before
-    with server(model, tokenizer, "--slots", str(streams), "--cache", "0") as (_, port):
+    # The engine beside it decodes by torch, too. No prefix cache, so that repetitions do not gain from prompts read
+    # before.
+    with server(model, tokenizer, "--slots", str(streams), "--cache", "0", "--engine", "torch") as (_, port):
         runs = {"engine": engine, "server": lambda: streams * tokens / http.through_server(port, asked)}
         found = in_turns(runs, options.repeats, say)
     return {
@@ -250,8 +252,10 @@ def bare(model: LanguageModel, rows: int, tokens: int) -> float:
     last = torch.tensor([ids[-1:] for ids in begin], device=model.device)
     began = time.perf_counter()
     for _ in range(tokens):
-        x, state = model.hidden(last, state)
-        picked, _ = pick(model.head(x[:, -1]), samplers)
+        with step_threads(model, rows, state):
+            x, state = model.hidden(last, state)
+            logits = model.head(x[:, -1])
+        picked, _ = pick(logits, samplers)
         last = torch.tensor(picked, device=last.device)[:, None]
     return rows * tokens / (time.perf_counter() - began)
 
@@ -300,17 +304,17 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         ["one stream", f"{rates['one']:,.0f}", ""],
         [f"{streams} streams", f"{rates['engine']:,.0f}", f"{result['streams_over_one']:.2f} times one stream"],
-        [f"bare step, {streams} rows", f"{rates['bare']:,.0f}", f"engine {result['engine_over_bare']:.3f} of it"],
+        [f"bare step, {streams} rows", f"{rates['bare']:,.0f}", f"engine {result['engine_over_bare']:.3f} times it"],
     ]
     for name, times in result.get("native_over_engine", {}).items():
         of = f"{times:.2f} times the engine with torch"
-        lines.append([f"{streams} streams, {models.NAMES[name]}", f"{rates[name]:,.0f}", of])
+        lines.append([f"{streams} streams, {models.label(name, result)}", f"{rates[name]:,.0f}", of])
     if "server" in result:
         through = result["server"]["tokens_per_second"]["server"]["median"]
-        beside = f"{result['server']['server_over_engine']:.3f} of the engine"
+        beside = f"{result['server']['server_over_engine']:.3f} times the engine"
         lines.append([f"{streams} streams by HTTP", f"{through:,.0f}", beside])
-    parts = [markdown(["", "tokens/s", ""], lines)]
-    names = {"engine": "torch"} | {name: models.NAMES[name] for name in result.get("native_over_engine", {})}
+    parts = [markdown(["", "tokens/s", "beside"], lines)]
+    names = {"engine": "torch"} | {name: models.label(name, result) for name in result.get("native_over_engine", {})}
     gaps = [
         [names[name], *(duration(of[share]) for share in ("p50", "p95", "most"))]
         for name, of in result.get("between_tokens", {}).items()

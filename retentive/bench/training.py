@@ -87,7 +87,7 @@ class Options(OnDevice, Sized):
     lengths: tuple[int, ...] = (2048, 8192)
     """Sequence lengths."""
     models: tuple[str, ...] = MODELS[:2]
-    """Models: retnet, transformer, grouped (the twin with grouped heads), hybrid, llama (of transformers)."""
+    """Models: retnet (needed), transformer, grouped (the twin with grouped heads), hybrid, llama (of transformers)."""
     tokens: int = 8192
     """Tokens per step, at least one row."""
     precision: str = "bf16"
@@ -99,7 +99,7 @@ class Options(OnDevice, Sized):
     patience: float = 60
     """Seconds: a model whose step takes longer is timed only once."""
     profile: bool = False
-    """Also divide each step's time among its parts: matrix products, retention, passes over memory."""
+    """Also divide each step's time among its parts: matrix products, retention, attention, norms and others."""
     neighbour: bool = False
     """Also time the RetNet, at the first length, beside one other busy process."""
 

@@ -129,9 +129,11 @@ def test_the_fastest_retnet_is_held_against_the_fastest_transformer():
 
     rows = [row(512, retnet=2.0, native_int8=1.0, transformer=0.5, grouped=4.0)]
     assert decode.fastest(rows, 1) == (
-        "- Batch 1, context 512: the fastest RetNet (RetNet in C, int8: 1 s a step) is 0.5 times as fast as the "
-        "fastest Transformer (Transformer twin: 500 ms)."
-    )
+        "- Batch 1, context 512: the fastest RetNet (RetNet: 2 s a step) is 0.2 times as fast as the fastest "
+        "Transformer (Transformer twin: 500 ms)."
+    ), "one in C is not held against Transformers in PyTorch"
+    in_c = decode.fastest([row(512, retnet=2.0, native_int8=1.0, transformer=0.5, native_twin_int8=4.0)], 1)
+    assert "the fastest RetNet (RetNet in C, int8: 1 s a step) is 0.5 times" in in_c
     rows += [row(2048, retnet=0.5, native_int8=1.0, transformer=9.0, grouped=4.0), row(8192, retnet=2.0, grouped=None)]
     said = "context 2,048: the fastest RetNet (RetNet: 500 ms a step) is 8.0 times as fast"
     assert said in decode.fastest(rows, 1), "the longest at which both were measured"
@@ -143,7 +145,11 @@ def test_the_table_and_the_picture_hold_the_rows(tmp_path, lines):
     table = decode.table(result)
     heads, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
     assert len(rows) == 4 and {line.count("|") for line in (heads, *rows)} == {heads.count("|")}
-    assert "smaller than the cache of Transformer twin from" in table
+    assert "The float32 state with its ring is smaller than the cache of Transformer twin from" in table
+    rows = [row | {"models": row["models"] | {"native-int4": row["models"]["retnet"]}} for row in result["rows"]]
+    parameters = {"retnet": 1, "native-int4": 1}
+    narrow = decode.table(result | {"state_precision": "int8", "parameters": parameters, "rows": rows})
+    assert "| RetNet: memory | RetNet in C, int4, states int8: memory |" in narrow
     decode.plot(result, tmp_path / "a.png", title="t")
     names = {models.NAMES[name] for name in ("retnet", "transformer", "grouped")}
     assert set(lines) == names and all(len(drawn) == 3 for drawn in lines.values())

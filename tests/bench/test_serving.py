@@ -81,7 +81,7 @@ def test_the_server_is_measured_beside_the_engine(monkeypatch):
     said = []
     options = Options(streams=3, tokens=10, repeats=2, server=True)
     result = serving.beside_server(model(), lambda: order.append("engine") or 60.0, options, said.append)
-    assert order == ["engine", "server"] * 3 and given == [("--slots", "3", "--cache", "0")]
+    assert order == ["engine", "server"] * 3 and given == [("--slots", "3", "--cache", "0", "--engine", "torch")]
     rates = {"least": 7.5, "median": 18.75, "most": 30.0}  # 30 tokens in 1 s and in 4 s
     assert result["tokens_per_second"]["server"] == rates and result["server_over_engine"] == (0.5 + 0.125) / 2
     assert said == ["engine 60 tokens/s, server 30 tokens/s", "engine 60 tokens/s, server 8 tokens/s"]

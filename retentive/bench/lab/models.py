@@ -21,6 +21,7 @@ import torch
 from retentive.bench.lab import plot
 from retentive.bench.lab.options import Say, words
 from retentive.checkpoint.quantize import quantize
+from retentive.infer.decoder import STATES
 from retentive.models import Config, LanguageModel, ModelConfig, build, mixed, peer, twin
 from retentive.models.presets import narrow_heads
 from retentive.native import NativeModel
@@ -56,6 +57,10 @@ NATIVE = tuple(name for name in NAMES if name.startswith("native-"))
 """Models in C."""
 LLAMACPP = {"llamacpp-f16": 16.0, "llamacpp-q8_0": 8.5, "llamacpp-q4_0": 4.5}
 """Formats of llama.cpp, with their bits per weight: blocks of 32 with a 16-bit scale."""
+IN_C = {*NATIVE, *LLAMACPP}
+"""Models that PyTorch does not run."""
+NARROW = tuple(name for name in NATIVE if "twin" not in name)
+"""Models whose states of retention may have fewer bits."""
 TOLERANCE = 1e-4
 """Largest difference of logits between two ways of computing them in float32: rounding of sums over a whole sequence
 stays well below."""
@@ -64,9 +69,15 @@ LOOKS = dict(zip(NAMES, plot.LOOKS, strict=True))
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def shown(names: Sequence[str], last: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def label(name: str, result: Mapping[str, Any]) -> str:
+    """Returns a model's name in tables and pictures, with the precision of its states if that is not float32."""
+    narrow = result.get("state_precision", "fp32")  # older results have none
+    return NAMES[name] + (f", states {narrow}" if name in NARROW and narrow != "fp32" else "")
+
+
+def shown(names: Sequence[str], last: Mapping[str, Mapping[str, Any]], result: Mapping[str, Any]) -> dict[str, str]:
     """Returns names and labels of the models in a picture, as chosen by `plot.at_most`."""
-    return {name: NAMES[name] for name in plot.at_most(names, last)}
+    return {name: label(name, result) for name in plot.at_most(names, last)}
 
 
 def grouped(config: ModelConfig) -> ModelConfig:
@@ -119,6 +130,14 @@ def chosen(names: Sequence[str], among: Collection[str], device: torch.device, s
         if reason:
             say(f"without {name}: {reason}")
     return [name for name, reason in reasons.items() if not reason]
+
+
+def check_states(precision: str, names: Sequence[str]) -> None:
+    """Raises ValueError if the precision of states is unknown, or narrow and of none of these models."""
+    known([precision], STATES, "`state_precision`")
+    if STATES[precision] and not {*words(names)} & {*NARROW}:
+        said = option("state_precision", precision)
+        raise ValueError(f"{said}: only models in C have such states, add one of {', '.join(NARROW)}")
 
 
 def make(name: str, config: Any, device: torch.device, dtype: torch.dtype = torch.float32):

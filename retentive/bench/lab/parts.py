@@ -1,5 +1,6 @@
 """Parts of a step's time: matrix products, retention, attention, passes over memory. Measured by torch's profiler."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ def parts(run: Callable[[], Any], device: torch.device, gemm_rate: float, *, ste
         written: bytes of new tensors that the other parts make in a step. Each is read again at least once.
     """
     on_gpu = device.type == "cuda"
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler writes lines of its own to stderr
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     run()  # warm
     with profile(activities=activities, record_shapes=True, with_flops=True, profile_memory=True) as profiler:

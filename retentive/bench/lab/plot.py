@@ -4,6 +4,7 @@ A panel has several points along its x axis, and at most `MOST` curves. Measurem
 for each model.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from textwrap import fill
 from typing import Any
@@ -30,7 +31,9 @@ def grid(title: str, rows: int, columns: int, *, size: tuple[float, float] = (5,
     except ImportError:
         raise ModuleNotFoundError("plots need an extra: pip install 'retentive[plot]'") from None
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
-    figure.suptitle(fill(title, round(10 * size[0] * columns)))  # some ten characters an inch
+    # No line ends within brackets, where the family and model of a processor are. Some ten characters an inch.
+    whole = re.sub(r"\(.*?\)", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), title)
+    figure.suptitle(fill(whole, round(10 * size[0] * columns)))
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 

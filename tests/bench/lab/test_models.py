@@ -43,6 +43,13 @@ def test_forms_and_decoding_that_agree_pass_with_their_difference():
     assert 0 < models.check_decoding(build(CONFIG)) < models.TOLERANCE
 
 
+def test_narrow_states_need_a_model_that_has_them(refuses):
+    models.check_states("int8", ["retnet", "native-hybrid-int4"])
+    models.check_states("fp32", ["retnet"])
+    with refuses("`state_precision='bf16'`: only models in C have such states, add one of native-bf16"):
+        models.check_states("bf16", ["retnet,native-twin-int8,llamacpp-f16"])
+
+
 def test_decoding_is_checked_with_states_of_the_dtype_that_is_timed():
     """Rounding to 127 steps moves a number more than rounding to bf16 does, and that more than float32 sums do."""
     model = build(CONFIG)
