@@ -34,6 +34,7 @@ from retentive.models.encoders import Config as EncoderConfig
 from retentive.models.encoders import ImageConfig, encoder_of
 from retentive.models.presets import flat
 from retentive.ops import backends
+from retentive.options import option
 from retentive.tables import counted
 from retentive.train.log import read_metrics
 
@@ -54,8 +55,8 @@ class InfoCommand(Limits):
     """List the named sizes."""
     vocab_size: int = 32000
     """Vocabulary size for a named size or architecture."""
-    size: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "5m"
-    """Size of a named architecture."""
+    size: Annotated[str, tyro.conf.arg(metavar="SIZE")] = ""
+    """Size of a named architecture; 5m by default."""
     to: Annotated[str, tyro.conf.arg(metavar="gguf")] = ""
     """Also say how `retentive export --to gguf` would write the model; if it cannot, all that the model would need."""
     json: Path | None = None
@@ -99,6 +100,10 @@ def show(console: Console, command: InfoCommand) -> Any:
     config: Any = None
     if command.to not in ("", "gguf"):
         raise ValueError(f"`to={command.to!r}`: expected gguf")
+    if command.run and command.sizes:
+        raise ValueError(f"`sizes` lists those of RetNets: leave out {command.run}")
+    if command.size and command.run not in NAMES:
+        raise ValueError(f"{option('size', command.size)} is for an architecture, such as hybrid: leave it out")
     if command.sizes:
         console.print(sizes(command.vocab_size))
     elif command.machine:
@@ -113,11 +118,12 @@ def show(console: Console, command: InfoCommand) -> Any:
         config = retnet(command.run, vocab_size=command.vocab_size).with_window(command.window, command.sinks)
         describe(console, config, f"size {command.run}")
     elif command.run in NAMES and not Path(command.run).exists():
-        config = config_of(command.run, command.size, vocab_size=command.vocab_size)
+        size = command.size or "5m"
+        config = config_of(command.run, size, vocab_size=command.vocab_size)
         config = config.with_window(command.window, command.sinks)
-        describe(console, config, f"architecture {command.run} in size {command.size}")
+        describe(console, config, f"architecture {command.run} in size {size}")
         if command.run in ARCHITECTURES:
-            console.print("\n" + differences(config, command.size, command.vocab_size), markup=False, soft_wrap=True)
+            console.print("\n" + differences(config, size, command.vocab_size), markup=False, soft_wrap=True)
     else:
         folder = command.limited(command.run)
         config = folder.config
@@ -130,7 +136,8 @@ def show(console: Console, command: InfoCommand) -> Any:
         return None
     if command.to:
         console.print(f"  llama.cpp runs it as {rwkv.architecture_for(config)} (retentive export --to gguf)")
-    console.print(f"\n  retention on this machine's CPU: {backends.describe()}", markup=False, soft_wrap=True)
+    backend = backends.describe()
+    console.print(f"\n  backend of retention on this machine's CPU: {backend}", markup=False, soft_wrap=True)
     return config
 
 
@@ -201,7 +208,7 @@ def fields_of(config: Any) -> Iterator[str]:
     mixers = config.without_convolutions().mixers if different else ()
     if len(mixers) < len(order):
         kinds = ", ".join(f"{n} {mixer.kind}" for n, mixer in enumerate(mixers))
-        yield f"blocks without those of convolutions: {kinds}"
+        yield f"`attention` counts the blocks that are no convolutions: {kinds}"
 
 
 def senses(encoders: Mapping[str, EncoderConfig], dim: int) -> Iterator[str]:

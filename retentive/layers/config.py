@@ -206,7 +206,8 @@ class AttentionConfig:
         if not isinstance(self.rotary_scaling, rotaries.Scaling | None):
             raise ValueError(f"rotary_scaling must be its fields or null, got {self.rotary_scaling!r}")
         if self.window is not None and self.window < 1:
-            raise ValueError(f"the window must be at least 1 token, or null for all earlier tokens, got {self.window}")
+            without = "without one all earlier tokens are seen"
+            raise ValueError(f"the window must be at least 1 token, got {self.window}; {without}")
         if self.sinks < 0:
             raise ValueError(f"sinks must be at least 0, got {self.sinks}")
         if self.sinks and self.window is None:

@@ -181,6 +181,8 @@ def _check_fields(what: str, changes: Mapping[str, Any], own: Collection[str] = 
     unknown = sorted(set(changes) - {*SHARED, *RETENTION, *FEED_FORWARD, *own})
     if unknown:
         more = f": beside a RetNet's, it has {', '.join(own)}" if own else ""
+        if not more and not set(unknown) - {*HYBRID, *CONVOLUTION}:
+            more = ", but a hybrid has"
         raise ValueError(f"a {what} has no field {', '.join(unknown)}{more}")
 
 
@@ -366,8 +368,8 @@ def mixed(
     places = set(range(every - 1, layers, every) if attention is None else attention)
     unknown = places - set(range(layers))
     if unknown:
-        of_them = f"the blocks without those of convolutions are 0 to {layers - 1}"
-        raise ValueError(f"attention names block {min(unknown)}, but {of_them}")
+        others = f"those that are no convolutions are 0 to {layers - 1}"
+        raise ValueError(f"attention names block {min(unknown)}, but {others}")
     if not 0 < len(places) < layers:
         named, other = ("every block", "a Transformer") if places else ("no block", "a RetNet")
         some = f"one or more of 0 to {layers - 1}, but not all"

@@ -367,7 +367,7 @@ def test_info_of_a_size(size, capsys, tmp_path, monkeypatch):
     config = retentive.models.retnet(size, vocab_size=1000)
     shown = " ".join(capsys.readouterr().out.split())
     assert f"{cost.parameters(config):,} parameters" in shown
-    assert f"retention on this machine's CPU: {backends.describe()}" in shown
+    assert f"backend of retention on this machine's CPU: {backends.describe()}" in shown
 
 
 def test_info_tells_before_training_what_llama_cpp_would_run(capsys):

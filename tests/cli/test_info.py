@@ -1,5 +1,6 @@
 """`retentive info` in a narrow terminal and in a pipe."""
 
+import pytest
 from rich.console import Console
 
 from retentive.cli import main
@@ -31,10 +32,23 @@ def test_every_model_that_has_a_name(capsys):
         assert ("Differs from `--model retnet`" in out) == (name == "retnet-paper")
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["1m", "--size", "5m"], "--size 5m is for an architecture, such as hybrid: leave it out"),
+        (["hybrid", "--sizes"], "--sizes lists those of RetNets: leave out hybrid"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(argv, words, capsys):
+    with pytest.raises(SystemExit):
+        main(["info", *argv])
+    assert words in capsys.readouterr().err
+
+
 def test_equal_blocks_that_stand_apart_are_shown_once(capsys):
     main(["info", "hybrid", "--size", "1m"])
     text = capsys.readouterr().out
     assert text.count("x retention:") == text.count("x attention:") == 1 and "(2) 3 x retention: dim=128" in text
     assert "in the order 1 2 3 1 4 5 1 2 3 1 4 5 1 2 3" in text
     kinds = "0 retention, 1 attention, 2 retention, 3 attention, 4 retention"
-    assert f"blocks without those of convolutions: {kinds}" in text
+    assert f"`attention` counts the blocks that are no convolutions: {kinds}" in text

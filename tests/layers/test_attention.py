@@ -52,7 +52,7 @@ def test_attention_is_its_formula_whole_and_from_a_cache(kv_heads, same):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(window=0), "at least 1 token, or null for all earlier tokens, got 0"),
+        (dict(window=0), "at least 1 token, got 0; without one all earlier tokens are seen"),
         (dict(window=-3), "at least 1 token"),
         (dict(window=2.5), "window must be a whole number or null, got 2.5"),
         (dict(window=True), "window must be a whole number or null, got True"),

@@ -58,9 +58,9 @@ def test_a_hybrid_attends_where_it_is_told(refuses):
     assert kinds == ("attention", "retention", "retention", "attention", "retention")
     gated = config_of("hybrid", "1m", vocab_size=99, attention=[1], attention_window=9, attention_forget=True)
     assert gated.attention.forget_gate and gated.attention.window == 9
-    with refuses("attention names block 5, but the blocks without those of convolutions are 0 to 4"):
+    with refuses("attention names block 5, but those that are no convolutions are 0 to 4"):
         config_of("hybrid", "1m", vocab_size=99, attention=[0, 5])
-    with refuses("attention names block -1, but the blocks without those of convolutions are 0 to 4"):
+    with refuses("attention names block -1, but those that are no convolutions are 0 to 4"):
         config_of("hybrid", "1m", vocab_size=99, attention=[-1])
     with refuses("attention names no block: name one or more of 0 to 4, but not all, or take a RetNet"):
         config_of("hybrid", "1m", vocab_size=99, attention=[])
