@@ -86,7 +86,8 @@ def read_variants(items: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise ValueError(f"--set {item}: expected NAME:FIELD=VALUE,FIELD=VALUE, NAME of letters, digits, . and -")
         parts = re.split(r",(?![^\[]*\])", text)  # not at commas within a list of numbers
         model = [part.removeprefix("model=") for part in parts if part.startswith("model=")]
-        fields = read_changes([part for part in parts if not part.startswith("model=")], beside=("model",))
+        changes = [part for part in parts if not part.startswith("model=")]
+        fields = read_changes(changes, beside=("model",), of=f"{name}:")
         variants[name] = ({"model": model[0]} if model else {}) | fields
     return variants
 

@@ -25,6 +25,7 @@ SENTENCES = {
     r"Error parsing (\S+): no type matching (?:\{None\}.)?(.*?) could be .* from \['(.*?)'\].*": r"\1 \3: expected \2",
     r"Error parsing (\S+): invalid literal for int\(\) .*?'(.*)'": r"\1 \2: expected INT",
     r"Error parsing (\S+): could not convert string to float: '(.*)'": r"\1 \2: expected FLOAT",
+    r"Error parsing (\S+): Could not find valid parse for arguments: \['(.*?)'.*\]": r"\1 \2: expected another type",
     r"Error parsing (\S+): ": r"\1: ",
     r"invalid choice '(.*?)' for argument '(.*?)'. Expected one of \((.*?),?\)\.": r"\2 \1: expected one of \3",
     r"Unrecognized options: (?!-)": "unexpected argument ",

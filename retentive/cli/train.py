@@ -173,11 +173,12 @@ def line_of(error: Exception, path: Path) -> str:
     return inside[-1] if inside else str(path)
 
 
-def read_changes(items: Sequence[str], beside: Sequence[str] = ()) -> dict[str, Any]:
+def read_changes(items: Sequence[str], beside: Sequence[str] = (), *, of: str = "") -> dict[str, Any]:
     """Return fields of a model's config with their values, from FIELD=VALUE strings.
 
     Args:
         beside: other names that the option takes, so that a message can suggest them.
+        of: what was typed before them, for messages.
 
     Raises:
         ValueError: a field is unknown, or a value has the wrong type.
@@ -186,12 +187,12 @@ def read_changes(items: Sequence[str], beside: Sequence[str] = ()) -> dict[str, 
     for item in items:
         name, equals, text = item.partition("=")
         if not equals:
-            raise ValueError(f"--set {item}: expected FIELD=VALUE, such as dropout=0.1")
+            raise ValueError(f"--set {of}{item}: expected FIELD=VALUE, such as dropout=0.1")
         try:
             known([name], (*beside, *FIELDS), "field")
         except ValueError as error:
-            raise ValueError(f"--set {item}: {error}") from None
-        changes[name] = read_value(item, text, FIELDS[name])
+            raise ValueError(f"--set {of}{item}: {error}") from None
+        changes[name] = read_value(of + item, text, FIELDS[name])
     return changes
 
 

@@ -4,6 +4,7 @@ Each run is a run directory as of `retentive train`. A finished run is not repea
 """
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,8 +96,8 @@ class Comparison:
                 raise ValueError(f"`{name}` is empty: nothing to compare")
             if len(set(values)) < len(values):
                 raise ValueError(f"{option(name, values)}: a value is given twice")
-        if min(lrs) <= 0:  # 0 stands for a rate that is not known yet, whose runs wait
-            raise ValueError(f"{option('lrs', lrs)}: must be above 0")
+        if not all(0 < lr < math.inf for lr in lrs):  # 0 stands for a rate that is not known yet, whose runs wait
+            raise ValueError(f"{option('lrs', lrs)}: each must be a number above 0")
         if not self.tune:
             return [Run(v, size, seed, lr) for seed, size, lr, v in product(self.seeds, self.sizes, lrs, self.names)]
         first = [Run(v, size, self.seeds[0], lr) for size, lr, v in product(self.sizes, lrs, self.names)]

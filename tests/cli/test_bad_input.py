@@ -545,6 +545,7 @@ PARSED = {
     "generate run --seed 1.5": "--seed 1.5: expected a whole number (retentive generate --help)",
     "generate run --max-tokens few": "--max-tokens few: expected a whole number (retentive generate --help)",
     "quantize run --out new --to int3": "--to int3: expected one of 'int8', 'int4' (retentive quantize --help)",
+    "compare --data x --out y --lrs fast": "--lrs fast: expected another type (retentive compare --help)",
     "convert run": "missing: OUT (retentive convert --help)",
     "data": "missing: --out (retentive data --help)",
 }

@@ -1,5 +1,6 @@
 """The plan of a comparison: every run once, checked before any begins, and the same after a trip through JSON."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -116,7 +117,8 @@ def test_with_tune_what_diverged_at_all_rates_is_not_tried_again(comparison, tra
         (dict(sizes=("9z",)), "unknown size '9z'"),
         (dict(variants=("retnet", "retnet")), "`variants=('retnet', 'retnet')`: a value is given twice"),
         (dict(optimizers=("muon", "muon")), "`optimizers=('muon', 'muon')`: a value is given twice"),
-        (dict(lrs=(1e-3, 0.0)), "`lrs=(0.001, 0.0)`: must be above 0"),
+        (dict(lrs=(1e-3, 0.0)), "`lrs=(0.001, 0.0)`: each must be a number above 0"),
+        (dict(lrs=(math.nan, 1e-3)), "`lrs=(nan, 0.001)`: each must be a number above 0"),
         (dict(set={"big": {"ffn_dim": 4096}}), "ffn_dim: set by the comparison for equal parameters"),
         (dict(optimizers=("muon",), variants=("retnet", "mamba")), "mamba+muon: muon is for whole matrices"),
         (dict(jobs=0), "`jobs=0`: must be at least 1"),
