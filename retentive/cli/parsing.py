@@ -42,12 +42,13 @@ MAPPINGS = ConstructorRegistry()
 
 @MAPPINGS.primitive_rule
 def mapping(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Parse FIELD=VALUE FIELD=VALUE … into a dictionary."""
+    """Parse FIELD=VALUE FIELD=VALUE … into a dictionary, or NAME:FIELD=VALUE,FIELD=VALUE … into one of dictionaries."""
     if get_origin(info.type) is not Mapping or get_args(info.type)[0] is not str:
         return None  # such as a bias for tokens, which the parser reads itself
+    named = get_origin(get_args(info.type)[1]) is Mapping
     return PrimitiveConstructorSpec(
         nargs="*",
-        metavar="FIELD=VALUE",
+        metavar="NAME:FIELD=VALUE" if named else "FIELD=VALUE",
         instance_from_str=dict.fromkeys,  # read afterwards: an error is then one line, and not the parser's box
         is_instance=lambda value: isinstance(value, Mapping),
         str_from_instance=lambda value: as_typed(value).split(" "),

@@ -82,6 +82,12 @@ def test_variants_of_ones_own_are_compared_under_their_names(place, capsys):
     assert "<td>narrow</td>" in Path("report.html").read_text(encoding="utf-8")
 
 
+def test_the_help_shows_how_a_variant_is_written(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    assert "--set NAME:FIELD=VALUE" in capsys.readouterr().out
+
+
 WRONG = {
     "no-name": ("gate=false", "expected NAME:FIELD=VALUE"),
     "no-fields": ("mine:", "expected NAME:FIELD=VALUE"),
