@@ -217,8 +217,8 @@ def table(result: dict[str, Any]) -> str:
             cells.append(decimal(other["memory_bytes"]) + times if "memory_bytes" in other else "–")
         lines.append(cells)
     notes = [
-        "- %: the time that a step needs by memory and arithmetic alone, as a part of its time. x: the time or memory "
-        "of RetNet times this. Memory is that of weights and of states or caches."
+        "- %: the time that a step needs by memory and arithmetic alone, as a part of its time. x: how many times the "
+        "time or memory of RetNet. Memory is that of weights and of states or caches."
     ]
     notes += [
         f"- The float32 state with its ring is smaller than the cache of {models.NAMES[name]} from "
