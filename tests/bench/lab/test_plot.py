@@ -57,6 +57,7 @@ def test_a_legend_has_each_label_once_and_none_of_rankings():
 
 
 def test_a_title_of_two_lines_does_not_break_within_brackets():
+    pytest.importorskip("matplotlib")
     figure, _ = plot.grid("Decoding (130m) on AMD EPYC (family 25, model 17), 2 threads", 1, 1, size=(4.8, 4))
     first, second = figure.get_suptitle().splitlines()
     assert "(family" not in first and second.replace("\N{NO-BREAK SPACE}", " ") == "(family 25, model 17), 2 threads"
