@@ -156,9 +156,9 @@ INLINE void narrow_columns(const int dtype, const int n, i64 lanes, const char *
     store(o, x);
 }
 
-/* the same for all columns, with zeros after V in `rows`; `ahead`: prefetch the rows two blocks of eight ahead */
-INLINE void narrow_block(const int dtype, const int n, const int ahead, const char *S, i64 V, const float *q, float *o,
-                         float *rows, i64 wide) {
+/* The same for all columns, with zeros after V in `rows`. Eight rows prefetch those two blocks ahead: unlike float32 ones
+   they end before AMD's hardware prefetcher follows (docs/LOG.md). */
+INLINE void narrow_block(const int dtype, const int n, const char *S, i64 V, const float *q, float *o, float *rows, i64 wide) {
     i64 width = row_bytes(dtype, V), size = dtype == BYTES ? 1 : 2, j = 0;
     float scale[8], factor[8];
     for (int i = 0; i < n; i++) {
@@ -168,7 +168,7 @@ INLINE void narrow_block(const int dtype, const int n, const int ahead, const ch
     }
     for (; j + LANES <= V; j += LANES) {
         const char *soon = S + 16 * width + 8 * j * size;
-        for (int at = 0; ahead && at < 8 * LANES * size; at += 64) __builtin_prefetch(soon + at, 0, 2);
+        for (int at = 0; n == 8 && at < 8 * LANES * size; at += 64) __builtin_prefetch(soon + at, 0, 2);
         narrow_columns(dtype, n, LANES, S + j * size, width, factor, scale, o + j, rows ? rows + j : NULL, wide);
     }
     if (j < V) {
@@ -181,15 +181,15 @@ INLINE void narrow_block(const int dtype, const int n, const int ahead, const ch
 
 /* through_rows for n rows of a state of few bits, from row k on; o has room for whole panels. Rows that are folded into
    become floats in `rows` [8][V, whole panels], and are rounded again. */
-INLINE void through_narrow_rows(const int dtype, const int n, const int ahead, char *S, i64 k, i64 K, i64 V, const float *q,
-                                float *o, const Fold *fold, float *rows) {
+INLINE void through_narrow_rows(const int dtype, const int n, char *S, i64 k, i64 K, i64 V, const float *q, float *o,
+                                const Fold *fold, float *rows) {
     i64 wide = round_up(V, NC);
     S += k * row_bytes(dtype, V);
     if (!fold->tokens) {
-        narrow_block(dtype, n, ahead, S, V, q + k, o, NULL, wide);
+        narrow_block(dtype, n, S, V, q + k, o, NULL, wide);
         return;
     }
-    narrow_block(dtype, n, ahead, S, V, q + k, o, rows, wide);
+    narrow_block(dtype, n, S, V, q + k, o, rows, wide);
     for (i64 j = 0; j < wide; j += NC)
         for (int i = 0; i < n; i += MR) { /* a tile has MR rows; those after the n-th are of no account */
             float *to = rows + i * wide + j;
@@ -198,21 +198,17 @@ INLINE void through_narrow_rows(const int dtype, const int n, const int ahead, c
     write_narrow(dtype, n, rows, V, wide, S);
 }
 
-INLINE void through_narrow(const int dtype, const int ahead, char *S, i64 K, i64 V, const float *q, float *o,
-                           const Fold *fold, float *rows) {
+INLINE void through_narrow(const int dtype, char *S, i64 K, i64 V, const float *q, float *o, const Fold *fold, float *rows) {
     i64 k = 0;
-    for (; k + 8 <= K; k += 8) through_narrow_rows(dtype, 8, ahead, S, k, K, V, q, o, fold, rows);
-    for (; k < K; k++) through_narrow_rows(dtype, 1, 0, S, k, K, V, q, o, fold, rows);
+    for (; k + 8 <= K; k += 8) through_narrow_rows(dtype, 8, S, k, K, V, q, o, fold, rows);
+    for (; k < K; k++) through_narrow_rows(dtype, 1, S, k, K, V, q, o, fold, rows);
 }
 
 static void through_narrow_state(i64 dtype, char *S, i64 K, i64 V, const float *q, float *o, const Fold *fold,
                                  float *rows) {
-    int ahead = asks_ahead();
-    if (dtype == BYTES && ahead) through_narrow(BYTES, 1, S, K, V, q, o, fold, rows);
-    else if (dtype == BYTES) through_narrow(BYTES, 0, S, K, V, q, o, fold, rows);
-    else if (dtype == 1 && ahead) through_narrow(1, 1, S, K, V, q, o, fold, rows);
-    else if (dtype == 1) through_narrow(1, 0, S, K, V, q, o, fold, rows);
-    else through_narrow(2, 0, S, K, V, q, o, fold, rows);
+    if (dtype == BYTES) through_narrow(BYTES, S, K, V, q, o, fold, rows);
+    else if (dtype == 1) through_narrow(1, S, K, V, q, o, fold, rows);
+    else through_narrow(2, S, K, V, q, o, fold, rows);
 }
 
 typedef struct { /* tokens in the ring of a head, oldest first; token j is in slot_of(held, j) */
