@@ -4,6 +4,7 @@ Uses the machine's own compiler, or the package ziglang (extra `compiler`) if it
 RETENTIVE_ISA forces an instruction set, CC a compiler.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.util
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,12 +143,41 @@ def build(source: Source, compiler: list[str], folder: Path) -> Path:
     flags = (instruction_flag(compiler), *source.flags)  # the source's flags come last, so they win
     texts = [file.read_bytes() for part in source.folders for file in sorted(part.glob("*.[ch]"))]
     key = short_hash(repr((texts, compiler, flags, _cpu())).encode())
-    for library in sorted(folder.glob(f"{source.name}-{key}-*.so")):
+    if library := _kept(source.name, key, folder):
+        return library
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # holds code that is run: writable by its owner only
+    with _alone(folder):
+        return _kept(source.name, key, folder) or _compile(source, key, compiler, flags, folder)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits while another process compiles into `folder`: processes that start together then compile once."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: each compiles for itself
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _kept(name: str, key: str, folder: Path) -> Path | None:
+    """Returns the whole library of this key, after deleting broken ones, or None."""
+    for library in sorted(folder.glob(f"{name}-{key}-*.so")):
         if library.stem.endswith(short_hash(library.read_bytes())):
             return library
         library.unlink(missing_ok=True)  # another process may have deleted it first
+    return None
+
+
+def _compile(source: Source, key: str, compiler: list[str], flags: tuple[str, ...], folder: Path) -> Path:
     logging.getLogger(__name__).info("compiling its %s kernels for this CPU, once (some seconds)", source.name)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # holds code that is run: writable by its owner only
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # same file system, so that the rename is atomic
         # Compiled with OpenMP, but linked without: calls go to the one runtime that PyTorch has loaded. Threads of a
         # second runtime would spin against those of the first.

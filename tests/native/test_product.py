@@ -15,7 +15,8 @@ pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.un
 
 HARNESS = """
 #include <stdlib.h>
-#include "read.c"
+#include "memory.h"
+#include "token.h"
 enum { BEYOND = 1 << 15 };
 static char *room(i64 bytes) {
     char *made = aligned_alloc(64, round_up(bytes, 64) + BEYOND);
@@ -42,6 +43,12 @@ void row(const Matrix *m, i64 id, float *to) { row_of_matrix(m, id, to); }
 int pairs(void) {
 #ifdef __AVX512BF16__
     return 1;
+#endif
+    return 0;
+}
+int tiles(void) {
+#ifdef TILES
+    return tiles_are_allowed();
 #endif
     return 0;
 }
@@ -73,7 +80,7 @@ def built(once):
 
         loaded = ctypes.CDLL(str(once(f"product-{name}", make) / "harness.so"))
         loaded.packed_bytes.restype = ctypes.c_int64
-        if name == "amx" and not loaded.native_has_tiles():
+        if name == "amx" and not loaded.tiles():
             pytest.skip("RETENTIVE_ISA=amx: the system does not give this process tiles")
         return loaded
 

@@ -10,9 +10,9 @@ from retentive.ops import compiler, cpu
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """`compiled(flags)` returns the library built once with `flags` instead of -march=native."""
-    folder = tmp_path_factory.mktemp("cpu")
+def compiled(root):
+    """`compiled(flags)` returns the library built with `flags` instead of -march=native, once for all workers."""
+    folder = root / "cpu"
 
     @functools.cache
     def build(*flags: str) -> ctypes.CDLL:

@@ -1,6 +1,7 @@
 """The C kernels against `reference`, by the gold rule with all gradients; their memory accesses; the build."""
 
 import ctypes
+import fcntl
 import functools
 import os
 import shutil
@@ -758,6 +759,23 @@ def test_is_built_once_and_kept(fresh, monkeypatch, tmp_path):
     assert len(calls.read_text().split()) == 2  # one to compile, one to link
     module.library.cache_clear()
     assert module.unavailable() is None and len(calls.read_text().split()) == 2
+
+
+def test_processes_that_start_together_compile_once(fresh, tmp_path):
+    calls = tmp_path / "calls"
+    slow = [script(tmp_path / "cc", f'echo called >> {calls}\nsleep 0.3\nexec gcc "$@"\n')]
+    with ThreadPoolExecutor(4) as pool:  # each locks the folder by a descriptor of its own, as processes do
+        libraries = set(pool.map(lambda _: compiler.build(module.SOURCE, slow, fresh), range(4)))
+    assert libraries == set(fresh.iterdir()) and len(libraries) == 1
+    assert len(calls.read_text().split()) == 2
+
+
+def test_a_file_system_without_locks(fresh, monkeypatch):
+    def refuse(*_):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert module.unavailable() is None and module.library().answer() == 42
 
 
 def test_that_it_is_compiled_is_logged(fresh, caplog):
