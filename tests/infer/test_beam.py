@@ -27,14 +27,14 @@ def model(request):
 
 @torch.no_grad()
 def everything(model, length_penalty: float) -> list[tuple[list[int], float]]:
-    """All continuations of the prompt, each with its score, read by the model one by one; the best first."""
+    """All continuations of the prompt, each with its score, read by the model in one batch; the best first."""
     found = {}
-    for tokens in product(range(V), repeat=DEPTH):
-        tokens = list(tokens)
+    every = list(product(range(V), repeat=DEPTH))
+    logits = model(torch.tensor([[*PROMPT, *tokens] for tokens in every]))[0][:, len(PROMPT) - 1 : -1].log_softmax(-1)
+    for tokens, row in zip(map(list, every), logits, strict=True):
         if STOP in tokens:
             tokens = tokens[: tokens.index(STOP) + 1]
-        logits = model(torch.tensor([PROMPT + tokens]))[0][0, len(PROMPT) - 1 : -1].log_softmax(-1)
-        total = float(logits.gather(1, torch.tensor(tokens)[:, None]).sum())
+        total = float(row[: len(tokens)].gather(1, torch.tensor(tokens)[:, None]).sum())
         found[tuple(t for t in tokens if t != STOP), len(tokens)] = total / len(tokens) ** length_penalty
     return sorted(((list(tokens), score) for (tokens, _), score in found.items()), key=lambda pair: -pair[1])
 

@@ -1,6 +1,7 @@
 """`retentive linearize`: its stages, what they write, that they go on to the bit, and what they refuse."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -80,29 +81,30 @@ def test_stages_lead_from_the_teacher_in_a_window_to_a_model_that_is_closer_to_i
     assert any("ffn" in n for n, x in load_file("mine/model.safetensors").items() if not torch.equal(x, after[n]))
 
 
-@pytest.mark.parametrize(("stage", "save"), [("mine-mixers", 2), ("mine", 8)])
-def test_a_stage_that_was_stopped_goes_on_to_the_bit(stage, save, place, monkeypatch):
+def test_a_stage_that_was_stopped_goes_on_to_the_bit(place, monkeypatch):
     """A signal comes while the checkpoint number `save` is made; each stage makes three."""
     runs = ("mine-mixers", "mine-predictions", "mine")
     linearize()
     whole, losses = load_file("mine/model.safetensors"), [records(run, "loss") for run in runs]
-    for end in ("", "-student", "-mixers", "-predictions", "-data"):
-        Path(f"mine{end}").rename(f"whole{end}")
-    real, saves = checkpoints.contents, []
+    real = checkpoints.contents
+    for stage, save in (("mine-mixers", 2), ("mine", 8)):
+        saves = []
+        for end in ("", "-student", "-mixers", "-predictions", "-data"):
+            shutil.rmtree(f"mine{end}")
 
-    def told(training):
-        saves.append(training.step)
-        if len(saves) == save:
-            signal.raise_signal(signal.SIGTERM)
-        return real(training)
+        def told(training, saves=saves, save=save):
+            saves.append(training.step)
+            if len(saves) == save:
+                signal.raise_signal(signal.SIGTERM)
+            return real(training)
 
-    monkeypatch.setattr(checkpoints, "contents", told)
-    linearize()
-    assert len(records(stage, "loss")) == 5 and (stage == "mine") == Path("mine").exists()
-    main(["linearize", "teacher", "--data", "texts", "--out", "mine", "--resume"])  # with its own options
-    assert [records(run, "loss") for run in runs] == losses
-    again = load_file("mine/model.safetensors")
-    assert all(torch.equal(x, again[name]) for name, x in whole.items())
+        monkeypatch.setattr(checkpoints, "contents", told)
+        linearize()
+        assert len(records(stage, "loss")) == 5 and (stage == "mine") == Path("mine").exists()
+        main(["linearize", "teacher", "--data", "texts", "--out", "mine", "--resume"])  # with its own options
+        assert [records(run, "loss") for run in runs] == losses
+        again = load_file("mine/model.safetensors")
+        assert all(torch.equal(x, again[name]) for name, x in whole.items())
 
 
 def test_stages_can_be_left_out_and_layers_keep_their_attention(place):

@@ -888,7 +888,7 @@ def test_the_compiler_may_be_named_with_what_it_is_always_given(fresh, monkeypat
 
 
 def test_a_compiler_without_float16_is_left_alone_with_it(monkeypatch, compiled, refuses):
-    other = compiled("-march=x86-64-v3", "-U__FLT16_MAX__")
+    other = compiled("-march=x86-64-v3", "-U__FLT16_MAX__", "-O0")
     assert module.library().has_half() and not other.has_half()
     monkeypatch.setattr(module, "library", lambda: other)
     assert module.unavailable() is None and module.unavailable(torch.bfloat16) is None
