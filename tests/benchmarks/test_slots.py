@@ -44,6 +44,7 @@ def test_decoding_counts_from_the_last_begin_to_the_first_end():
 )
 def test_our_server_is_measured(sizes):
     names = ("native-w8a8", "llamacpp-q8_0")
+    assert set(names) <= set(Options().models) <= set(models.NAMES)
     options = Options(models=names, size="tiny", vocab_size=300, streams=2, prompt=9, tokens=5, repeats=1)
     said: list[str] = []
     result = measure(options, said.append)

@@ -35,7 +35,7 @@ typedef struct { /* the part of a full ring that is folded into the state: S = k
     float kept[8];       /* one number, repeated */
 } Fold;
 
-/* Returns 1 if a step that only reads should prefetch the state, two blocks of eight rows ahead. Intel's hardware
+/* Returns 1 if a step that only reads should prefetch a float32 state, two blocks of eight rows ahead. Intel's hardware
    prefetcher restarts at every 4 kB page; AMD's follows by itself and does better without help (docs/LOG.md). */
 static int asks_ahead(void) {
 #if defined(__x86_64__)
@@ -156,8 +156,8 @@ INLINE void narrow_columns(const int dtype, const int n, i64 lanes, const char *
     store(o, x);
 }
 
-/* The same for all columns, with zeros after V in `rows`. Eight rows prefetch those two blocks ahead: unlike float32 ones
-   they end before AMD's hardware prefetcher follows (docs/LOG.md). */
+/* The same for all columns, with zeros after V in `rows`. A block of eight rows prefetches the one two blocks ahead, on all
+   processors: unlike with float32 states, this is faster on AMD, too (docs/LOG.md). */
 INLINE void narrow_block(const int dtype, const int n, const char *S, i64 V, const float *q, float *o, float *rows, i64 wide) {
     i64 width = row_bytes(dtype, V), size = dtype == BYTES ? 1 : 2, j = 0;
     float scale[8], factor[8];
