@@ -54,12 +54,17 @@ def once(root, tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path
     return path
 
 
-# A process of Ray imports for many seconds where cores are busy. After Ray's own five seconds Serve kills its proxy and
-# starts another, without end; Train gives its workers one minute.
-PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600"}
+# A process of Ray imports for many seconds where cores are busy. Ray gives it niceness 15: beside other tests it would
+# get next to nothing. After Ray's own five seconds Serve kills its proxy and starts another, without end; Train gives
+# its workers one minute.
+PATIENCE = {
+    "RAY_worker_niceness": "0",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def small_ray(root):
     """Ray on this machine, two cores of it, without its dashboard. One at a time: other workers wait."""
     import ray

@@ -1,6 +1,6 @@
 """The server in Ray Serve, two replicas on this machine: the same answers, each conversation where its state is.
 
-One Ray for all of the module, small and without its dashboard; nothing but loopback is used.
+One Ray, small and without its dashboard; nothing but loopback is used.
 """
 
 import socket
@@ -20,12 +20,13 @@ from retentive.serve.ray import application, deployed
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),  # its processes import torch, and Ray's other tests may have to end first
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
 GREEDY = {"temperature": 0, "max_tokens": 30}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def url(runs, small_ray, tmp_path_factory):
     """Starts two replicas of the RetNet and returns their address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -53,7 +54,7 @@ def chat(client, content: str, **more):
     return client.chat.completions.create(**{"model": "retnet", "messages": messages, **GREEDY, **more})
 
 
-def test_answers_are_those_of_the_server_without_ray(client, retnet):
+def answers_are_those_of_the_server_without_ray(client, retnet):
     alone = retnet.client()
     assert client.models.list().data[0].id == "retnet"
     for prompt in ("Once upon a time", "def "):
@@ -65,14 +66,14 @@ def test_answers_are_those_of_the_server_without_ray(client, retnet):
         client.chat.completions.create(model="other", messages=[{"role": "user", "content": "Hello"}])
 
 
-def test_answers_stream(client):
+def answers_stream(client):
     with chat(client, "Hello", stream=True, max_tokens=400) as stream:
         pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
     assert "".join(pieces) == chat(client, "Hello", max_tokens=400).choices[0].message.content
     assert sum(map(bool, pieces)) > 2  # what comes while one is on its way goes together
 
 
-def test_conversations_stay_where_their_states_are(client, retnet):
+def conversations_stay_where_their_states_are(client, retnet):
     """Eight of them, in turns: one that came to another replica would have begun anew there."""
     names, alone, tokens = [f"talk-{n}" for n in range(8)], retnet.client(), {}
     for turn in ("Hello", "And then?", "Why?"):
@@ -91,7 +92,7 @@ def replica(client, name: str) -> str:
     return next(line for line in metrics.splitlines() if line.startswith("retentive_request_seconds_created"))
 
 
-def test_a_saved_state_is_restored_on_any_replica(client):
+def a_saved_state_is_restored_on_any_replica(client):
     chat(client, "My name is Ada.", **sticky("first"))
     http = httpx.Client(base_url=str(client.base_url), timeout=30)
     saved = http.post("states", json={"session": "first", "name": "ada"}, headers={"X-Session-Id": "first"}).json()
@@ -109,7 +110,7 @@ def test_a_saved_state_is_restored_on_any_replica(client):
     assert len(set(answers)) == 1 and len(met) == 2
 
 
-def test_who_leaves_gives_the_slot_back(url):
+def who_leaves_gives_the_slot_back(url):
     """Long answers, left after their first words, many more than there are slots: the last one is answered still."""
     for _ in range(20):
         body = {"prompt": "Once", "stream": True, "max_tokens": 4000, "temperature": 0}
@@ -123,6 +124,15 @@ def test_who_leaves_gives_the_slot_back(url):
             break
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+def test_replicas_answer_as_one_server(url, client, retnet):
+    """One test, since workers of pytest that shared several would start a Ray each, one after the other."""
+    answers_are_those_of_the_server_without_ray(client, retnet)
+    answers_stream(client)
+    conversations_stay_where_their_states_are(client, retnet)
+    a_saved_state_is_restored_on_any_replica(client)
+    who_leaves_gives_the_slot_back(url)
 
 
 WRONG = {

@@ -14,6 +14,7 @@ from retentive.train.ray import fit
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),  # its processes import torch, and Ray's other tests may have to end first
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
 SMALL = {"dim": 32, "layers": 2, "heads": 2}
