@@ -35,12 +35,13 @@ sys.modules["retentive"] = None  # as where it is not installed
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-assert sys.modules[type(model).__module__].operator is None
-found = {name: p.detach().clone() for name, p in model.named_parameters()}
-found["logits"] = model(torch.arange(40)[None]).logits.detach()
-save_file(found, sys.argv[2])
-model.save_pretrained(sys.argv[3])
+for folder, tensors, again in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert sys.modules[type(model).__module__].operator is None
+    found = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found["logits"] = model(torch.arange(40)[None]).logits.detach()
+    save_file(found, tensors)
+    model.save_pretrained(again)
 """
 
 
@@ -48,7 +49,7 @@ model.save_pretrained(sys.argv[3])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_tensor_comes_back(name, exported, tmp_path, same):
     model, ids = MODELS[name](), torch.arange(40)[None]
-    folder, want = exported(model), None
+    folder = exported(model)
     want = {key: p.detach() for key, p in model.named_parameters()}
     # registered classes, which some loaders initialise anew; saved again, and read by `retentive.load`
     theirs = AutoModelForCausalLM.from_pretrained(folder)
@@ -59,15 +60,25 @@ def test_every_tensor_comes_back(name, exported, tmp_path, same):
         same([p for _, p in ours.named_parameters()], list(want.values()), 0)
         assert ours.config == model.config and ModelFolder.open(place).layout == "hf"
     same(theirs(ids).logits, model(ids)[0], 1e-5)
-    # the folder's own code, in a process that has no `retentive`
-    arguments = [folder, tmp_path / "alone.safetensors", tmp_path / "alone"]
-    done = subprocess.run([sys.executable, "-c", ALONE, *map(str, arguments)], capture_output=True, text=True)
+
+
+@torch.no_grad()
+def test_every_tensor_comes_back_by_the_code_in_the_folder(exported, tmp_path, same):
+    """One process that has no `retentive` loads the folders of all models: it imports transformers for many seconds."""
+    models = [make() for make in MODELS.values()]
+    places = [
+        (exported(model).rename(tmp_path / f"theirs{n}"), tmp_path / f"{n}.safetensors", tmp_path / f"again{n}")
+        for n, model in enumerate(models)
+    ]
+    arguments = [str(path) for paths in places for path in paths]
+    done = subprocess.run([sys.executable, "-c", ALONE, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = load_file(tmp_path / "alone.safetensors")
-    same(found.pop("logits"), model(ids)[0], 1e-5)
-    same([found["lm_head.weight" if k == "head.weight" else f"model.{k}"] for k in want], list(want.values()), 0)
-    assert (tmp_path / "alone" / "modeling_retentive.py").is_file()
-    same(list(retentive.load(tmp_path / "alone")[0].parameters()), list(want.values()), 0)
+    for model, (_, tensors, again) in zip(models, places, strict=True):
+        found, want = load_file(tensors), {key: p.detach() for key, p in model.named_parameters()}
+        same(found.pop("logits"), model(torch.arange(40)[None])[0], 1e-5)
+        same([found["lm_head.weight" if k == "head.weight" else f"model.{k}"] for k in want], list(want.values()), 0)
+        assert (again / "modeling_retentive.py").is_file()
+        same(list(retentive.load(again)[0].parameters()), list(want.values()), 0)
 
 
 def test_no_weight_is_drawn_anew(exported, same):
