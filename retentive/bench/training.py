@@ -61,7 +61,7 @@ class Trainer:
     def __init__(self, name: str, step: Step):
         device = torch.device(step.device)
         self.model: LanguageModel = models.make(name, models.config_of(name, step.config), device).train()
-        self.optimizer = adamw(self.model, TrainConfig())
+        self.optimizer = adamw(self.model, TrainConfig(lr=1e-3))
         wrap_blocks(self.model, TrainConfig(checkpoint_activations=step.checkpoint_activations))
         generator = torch.Generator().manual_seed(0)
         # one token more than a row, since the targets are the row shifted by one

@@ -34,6 +34,9 @@ from retentive.train.config import Optimizer, Precision
 from retentive.train.resume import FREE
 from retentive.train.speed import pick_precision
 
+LR = 2e-3
+"""Learning rate of all runs where none is named."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -72,7 +75,7 @@ class Comparison:
     mixed: bool = False
     """Allow runs of different machines in one table."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: TrainConfig(steps=500, lr=2e-3, sample_every=0, keep=1)
+        default_factory=lambda: TrainConfig(steps=500, lr=LR, sample_every=0, keep=1)
     )
 
     def plan(self) -> list[Run]:
@@ -89,7 +92,7 @@ class Comparison:
         again = [name for name in self.set if name in VARIANTS]
         if again:
             raise ValueError(f"`set` defines {again[0]}: that is a variant already; choose another name")
-        lrs = self.lrs or (self.train.lr,)
+        lrs = self.lrs or (self.train.lr or LR,)
         given = {"optimizers": self.optimizers, "sizes": self.sizes, "seeds": self.seeds, "variants": self.names}
         for name, values in (given | {"lrs": lrs}).items():
             if not values and name != "optimizers":

@@ -20,8 +20,9 @@ class TrainConfig:
 
     steps: int = 1000
     """Optimiser steps."""
-    lr: float = 1e-3
-    """Peak learning rate."""
+    lr: float = 0.0
+    """Peak learning rate. 0 for 1 / width of a new model (7.8e-3 for 1m, 3.9e-3 for 5m), 1e-3 for one that is trained
+    already."""
     optimizer: Optimizer = "adamw"
     """adamw or muon. Muon steps the matrices of the blocks, at the same learning rate and weight decay, AdamW the
     rest."""
@@ -89,11 +90,9 @@ class TrainConfig:
         for name, least in {"steps": 1, "accumulate": 1, "save_every": 1, "keep": 1, "eval_tokens": 2}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
-        for name in ("warmup", "eval_every", "sample_every", "weight_decay", "clip", "skip_nonfinite"):
+        for name in ("warmup", "eval_every", "sample_every", "lr", "weight_decay", "clip", "skip_nonfinite"):
             if not getattr(self, name) >= 0:  # NaN neither
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"`lr` must be above 0, got {self.lr}")
         if not 0 <= self.final_lr <= 1:
             raise ValueError(f"`final_lr` must be in [0, 1], a fraction of lr, got {self.final_lr}")
         if not 0 < self.decay_fraction <= 1:

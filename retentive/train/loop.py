@@ -20,6 +20,7 @@ from retentive.train.log import Silence, check_extras, open_log, say
 from retentive.train.objective import Objective
 from retentive.train.parallel import ALONE, Cluster
 from retentive.train.prepare import prepare
+from retentive.train.resume import AUTOMATIC
 from retentive.train.signals import Interrupted, Stop, stop_signals
 from retentive.train.step import Batches, Training, take_step
 
@@ -52,14 +53,16 @@ def train(
         check_extras(config)
         directory.check()
         before = read_options(directory.path).get("train", {}) if directory.existing == "resume" else {}
-    if config.precision == "auto":  # measured once a run: a resumed run keeps the result
-        config = replace(config, precision=before.get("precision", "auto"))
+    for name, chosen in AUTOMATIC.items():  # settled once a run: a resumed run keeps the result
+        if getattr(config, name) == chosen:
+            config = replace(config, **{name: before.get(name, chosen)})
     training = prepare(model, batches, objective, config, cluster)
     training.run = directory.path
     with cluster.on_main(directory.locked):
         begin(training, directory, hooks)
         if training.step < config.steps:
-            title = ", ".join(filter(None, (hooks.title, training.config.precision)))
+            rate = "" if config.lr else f"learning rate {training.config.lr:.2g}"
+            title = ", ".join(filter(None, (hooks.title, training.config.precision, rate)))
             if training.step:
                 title = resumed_line(training.step, config.steps, before.get("steps", config.steps))
             run_steps(training, directory.path, hooks, title)

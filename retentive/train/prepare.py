@@ -38,7 +38,8 @@ def prepare(
             )
         model = parallelize(model, device, cluster).train()
         wrap_blocks(model, config)
-    config = replace(config, precision=agreed_precision(config.precision, device, cluster))
+    precision = agreed_precision(config.precision, device, cluster)
+    config = replace(config, precision=precision, lr=config.lr or 1 / model.config.dim)
     return Training(model, batches, parallel_objective(model, objective, cluster), config, cluster)
 
 

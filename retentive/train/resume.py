@@ -19,14 +19,15 @@ FREE = {
     "wandb",
 }
 """Options that a resumed run may always change: they do not alter the computation."""
+AUTOMATIC: Mapping[str, Any] = {"precision": "auto", "lr": 0.0}
+"""Options that a run settles by itself, with the values that ask for it. Its train.json has what it settled on."""
 
 
 def check_unchanged(new: Mapping[str, Any], old: Mapping[str, Any], names: Collection[str], run: Path) -> None:
     """Raise ValueError if one of the options `names` differs from the run's record."""
     for name in sorted(names):
-        # train.json has the measured precision in place of "auto", and lists in place of tuples
-        same_precision = name == "precision" and new[name] == "auto"
-        if plain(new[name]) != plain(old[name]) and not same_precision:
+        automatic = name in AUTOMATIC and new[name] == AUTOMATIC[name]
+        if plain(new[name]) != plain(old[name]) and not automatic:  # train.json has lists in place of tuples
             given, has = option(name, new[name]), option(name, old[name])
             raise ValueError(f"{given} contradicts {has} of the run at {run}: leave it out")
 

@@ -312,7 +312,8 @@ class TrainRun:
     def concrete(
         self, data: Data, *, by_steps: bool = False, fixed: Collection[str] = ("batch", "length")
     ) -> "TrainRun":
-        """The run with steps for epochs, a mode for auto, and rows that the text can fill.
+        """The run with steps for epochs, a mode for auto, a learning rate for a trained model, and rows that the text
+        can fill.
 
         Args:
             by_steps: keep the steps and ignore the epochs.
@@ -322,13 +323,15 @@ class TrainRun:
         if self.mode == "auto":
             config = ModelFolder.open(self.out).config if self.resumes else self.config(data.meta.vocab_size)
             run = replace(self, mode="whole" if data.media or config.library or config.attends else "carry")
+        if self.init and not (self.train.lr or self.resumes):
+            run = replace(run, train=replace(run.train, lr=FURTHER))
         if run.mode != "whole":
             tokens = min(part.meta.splits["train"].tokens for part in parts_of(data))
             batch, length = filled(run.batch, run.length, tokens, fixed, carry=run.mode == "carry")
             run = replace(run, batch=batch, length=length)
         if self.epochs and not by_steps:
             steps = math.ceil(self.epochs * run.batches(data).steps_per_epoch / self.train.accumulate)
-            run = replace(run, train=replace(self.train, steps=max(1, steps)))
+            run = replace(run, train=replace(run.train, steps=max(1, steps)))
         return replace(run, epochs=0.0)
 
     def _as_resumed(self, saved: Mapping[str, Any], fingerprint: str, chosen: Collection[str], free: Any) -> "TrainRun":
@@ -501,6 +504,8 @@ class TrainRun:
 
 PARTS = ("train", "parallel")
 """Fields of TrainRun that are dataclasses themselves; their fields are options of the run."""
+FURTHER = 1e-3
+"""Learning rate of a model that is trained already (`init`)."""
 APART = ("data", "out", "epochs", "resume", "overwrite", *PARTS)
 """Fields that do not determine the training."""
 

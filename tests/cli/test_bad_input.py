@@ -108,7 +108,7 @@ TRAINING = {
     "unknown-field": (["--set", "nonsense=1"], "--set nonsense=1: unknown field 'nonsense', expected one of"),
     "field-with-a-word": (["--set", "heads=two"], "--set heads=two"),
     "unknown-decay": (["--model", "retnet", "--set", "decay=slow"], "unknown decay schedule 'slow'"),
-    "no-rate": (["--lr", "-1"], "--lr must be above 0, got -1.0"),
+    "no-rate": (["--lr", "-1"], "--lr must not be negative, got -1.0"),
     "too-long": (["--length", "100000"], "too few for a window of length 100000"),
     "twin-in-carry": (["--mode", "carry", "--model", "transformer"], "use another mode"),
     "a-run-that-exists": (
@@ -195,7 +195,7 @@ def test_train_on_data(case, refused, train):
 
 
 RESUMING = {
-    "rate": (["--lr", "0.5"], "--lr 0.5 contradicts --lr 0.001 of the run at run: leave it out"),
+    "rate": (["--lr", "0.5"], "--lr 0.5 contradicts --lr 0.03125 of the run at run: leave it out"),
     "fewer-steps": (["--steps", "3"], "--steps 3 is less than the 4 that the run at run has done"),
     "size": (["--size", "10m"], "--size 10m contradicts --size 1m of the run at run: leave it out"),
     "size-of-the-default": (["--size", "5m"], "--size 5m contradicts --size 1m of the run at run: leave it out"),

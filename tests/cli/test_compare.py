@@ -249,7 +249,7 @@ def test_after_an_interruption_the_same_command_ends_as_if_there_had_been_none(p
     Path("cut/.precision").write_text(Path("whole/.precision").read_text())  # a busy machine may measure another one
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "retentive", "compare", "--recipe", "cut.py"]
-    first = Path("cut/retnet_1m_lr0.001_seed0")
+    first = Path("cut/retnet_1m_lr0.002_seed0")
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as cut:
         deadline = time.monotonic() + 100
         while not list(first.glob("checkpoints/step-*/training.json")):
@@ -258,11 +258,11 @@ def test_after_an_interruption_the_same_command_ends_as_if_there_had_been_none(p
         cut.send_signal(number)
         said = cut.communicate(timeout=100)[1]
     assert cut.returncode == (130 if number == signal.SIGINT else -number), said
-    with FileLock("cut/.retnet_1m_lr0.001_seed0.lock", timeout=60):  # a worker whose parent is gone saves and ends
+    with FileLock("cut/.retnet_1m_lr0.002_seed0.lock", timeout=60):  # a worker whose parent is gone saves and ends
         assert not Path(first, "compared.json").exists()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and "| 1m | retnet |" in done.stdout, done.stderr
-    names = [f"{variant}_1m_lr0.001_seed0" for variant in variants]
+    names = [f"{variant}_1m_lr0.002_seed0" for variant in variants]
     for name in names:
         one, two = (Path(out, name, "model.safetensors") for out in ("whole", "cut"))
         assert one.read_bytes() == two.read_bytes()

@@ -370,7 +370,7 @@ def test_on_the_command_line(place, capsys):
           "--steps", "2", "--warmup", "1", "--sample-every", "2", "--precision", "fp32"])  # fmt: skip
     said = capsys.readouterr().err
     assert "User: Dark?\n    Assistant:" in said and " 21,216 parameters and 11,240 of encoders, " in said
-    assert "steps on cpu" in said and ", fp32\n" in said
+    assert "steps on cpu" in said and ", fp32, learning rate " in said
     assert Packed("data").media["image"] == {
         "token": 257, "size": 8, "patch": 4, "channels": 1, "features": 16, "dtype": "uint8",
     }  # fmt: skip

@@ -114,7 +114,9 @@ class Runs:
     ):
         torch.manual_seed(init)
         model = build(model) if isinstance(model, ModelConfig) else model
-        config = TrainConfig(**{"steps": 8, "warmup": 2, "precision": "fp32", "save_every": 3, "device": "cpu", **how})
+        config = TrainConfig(
+            **{"steps": 8, "warmup": 2, "lr": 1e-3, "precision": "fp32", "save_every": 3, "device": "cpu", **how}
+        )
         data = Packed(self.data)
         batches = Acting(data.batches(mode=mode, batch=4, length=32, seed=config.seed), model, at, act)
         existing = existing or ("resume" if resume else "refuse")

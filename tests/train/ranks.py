@@ -121,7 +121,7 @@ def run(job: Job, out: Path, cluster: Cluster = ALONE) -> None:
     names = ("steps", "save_every", "checkpoint_activations", "precision", "optimizer", "ema", "async_save", "compile")
     same = {name: getattr(job, name) for name in names}
     every = {"eval_every": 2, "sample_every": 2, "eval_tokens": 300} if job.evaluate else {}
-    config = TrainConfig(warmup=5, device="cpu", accumulate=2 if job.mode == "carry" else 1, **same, **every)
+    config = TrainConfig(lr=1e-3, warmup=5, device="cpu", accumulate=2 if job.mode == "carry" else 1, **same, **every)
     evaluate = partial(held_out_loss, data=packed, length=job.length, carry=job.mode == "carry")
     hooks = Hooks(
         (lambda model, tokens: evaluate(model, tokens=tokens)) if job.evaluate else None,

@@ -51,7 +51,7 @@ def soak(folder: Path, kills: int, chance: random.Random) -> dict:
     documents = [Document(str(n), story(n)) for n in range(36)]
     pack(folder / "data", ByteTokenizer(), documents[:30], documents[30:])
     steps = kills * EACH + 20
-    small = ["--size", "1m", "--set", "dim=32", "layers=2", "heads=2", "--batch", "4", "--length", "32"]
+    small = ["--size", "1m", "--set", "dim=32", "layers=2", "heads=2", "--batch", "4", "--length", "32", "--lr", "1e-3"]
     small += ["--steps", str(steps), "--precision", "fp32", "--device", "cpu", "--save-every", "1"]
     small += ["--eval-every", "0", "--sample-every", "0", "--data", str(folder / "data"), "--resume"]
     alone = [sys.executable, "-m", "retentive", "train", *small, "--out", str(folder / "alone")]

@@ -179,7 +179,7 @@ def test_muon_refuses_what_has_no_whole_matrices(refuses):
 
 def test_muon_computes_the_closure():
     model = build(MUON["retnet"])
-    optimizer = optimizer_of(model, TrainConfig(optimizer="muon"))
+    optimizer = optimizer_of(model, TrainConfig(optimizer="muon", lr=1e-3))
     ids = torch.arange(8)[None]
 
     def closure():
@@ -254,8 +254,8 @@ BAD = {
     "optimizer": (dict(optimizer="sgd"), "`optimizer` is 'sgd', expected one of adamw, muon"),
     "skip_nonfinite": (dict(skip_nonfinite=-1), "`skip_nonfinite` must not be negative, got -1"),
     "ema": (dict(ema=1.0), "`ema` must be in [0, 1), got 1.0"),
-    "lr": (dict(lr=0.0), "`lr` must be above 0, got 0.0"),
-    "lr-nan": (dict(lr=math.nan), "`lr` must be above 0, got nan"),
+    "lr": (dict(lr=-1e-3), "`lr` must not be negative, got -0.001"),
+    "lr-nan": (dict(lr=math.nan), "`lr` must not be negative, got nan"),
     "beta1": (dict(beta1=1.0), "`beta1` must be in [0, 1), got 1.0"),
     "beta2": (dict(beta2=-0.5), "`beta2` must be in [0, 1), got -0.5"),
 }

@@ -24,6 +24,7 @@ from retentive.models import ARCHITECTURES, build, cost, retnet
 from retentive.models.model import Block
 from retentive.train import TrainConfig, TrainRun, language_modelling
 from retentive.train.checkpoints import folders
+from retentive.train.directory import read_options
 from retentive.train.optim import learning_rate
 from retentive.train.step import Training, accumulate_gradients
 
@@ -161,6 +162,21 @@ def test_what_auto_became_does_not_contradict_auto(speed, made, monkeypatch, sam
     cut_back(run.out)
     rate[torch.bfloat16] = 1 / speed
     same_end(run.run(quiet=True), whole)
+
+
+def test_the_learning_rate_follows_from_the_width(made, same_end, capsys):
+    """A new model has 1 / width, one that is trained already 1e-3."""
+    whole, run = made("whole", lr=1 / SMALL["dim"]).run(quiet=True), made("cut", lr=0.0, resume=True)
+    run.run()
+    assert "learning rate 0.031" in capsys.readouterr().err
+    assert read_options(run.out)["train"]["lr"] == 1 / SMALL["dim"]
+    same_end(run.out, whole)
+    cut_back(run.out)
+    same_end(run.run(quiet=True), whole)
+    further = made("further", lr=0.0, set={}, size="5m", init=str(whole), resume=True)
+    assert read_options(further.run(quiet=True))["train"]["lr"] == 1e-3
+    cut_back(further.out)
+    same_end(further.run(quiet=True), made("again", lr=1e-3, set={}, size="5m", init=str(whole)).run(quiet=True))
 
 
 @pytest.mark.parametrize(
