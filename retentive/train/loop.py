@@ -52,8 +52,9 @@ def train(
     with cluster.barrier():  # check everything before anything is written or moved to a GPU
         check_extras(config)
         directory.check()
-        before = read_options(directory.path).get("train", {}) if directory.existing == "resume" else {}
-    for name, chosen in AUTOMATIC.items():  # settled once a run: a resumed run keeps the result
+        goes_on = directory.existing == "resume" and checkpoints.folders(directory.path)
+        before = read_options(directory.path).get("train", {}) if goes_on else {}
+    for name, chosen in AUTOMATIC.items():  # settled once a run: what goes on from a checkpoint keeps it
         if getattr(config, name) == chosen:
             config = replace(config, **{name: before.get(name, chosen)})
     training = prepare(model, batches, objective, config, cluster)

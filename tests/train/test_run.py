@@ -164,8 +164,7 @@ def test_what_auto_became_does_not_contradict_auto(speed, made, monkeypatch, sam
     same_end(run.run(quiet=True), whole)
 
 
-def test_the_learning_rate_follows_from_the_width(made, same_end, capsys):
-    """A new model has 1 / width, one that is trained already 1e-3."""
+def test_the_learning_rate_of_a_new_model_follows_from_its_width(made, same_end, capsys):
     whole, run = made("whole", lr=1 / SMALL["dim"]).run(quiet=True), made("cut", lr=0.0, resume=True)
     run.run()
     assert "learning rate 0.031" in capsys.readouterr().err
@@ -173,6 +172,18 @@ def test_the_learning_rate_follows_from_the_width(made, same_end, capsys):
     same_end(run.out, whole)
     cut_back(run.out)
     same_end(run.run(quiet=True), whole)
+
+
+def test_a_run_without_a_checkpoint_takes_the_learning_rate_of_its_new_width(made):
+    run = made("cut", lr=0.0).run(quiet=True)
+    shutil.rmtree(run / "checkpoints")  # as if it had been killed before the first one
+    (run / "model.safetensors").unlink()
+    made("cut", lr=0.0, set=SMALL | {"dim": 64}, resume=True).run(quiet=True)
+    assert read_options(run)["train"]["lr"] == 1 / 64
+
+
+def test_the_learning_rate_of_a_trained_model_is_lower(made, same_end):
+    whole = made("whole").run(quiet=True)
     further = made("further", lr=0.0, set={}, size="5m", init=str(whole), resume=True)
     assert read_options(further.run(quiet=True))["train"]["lr"] == 1e-3
     cut_back(further.out)
