@@ -21,8 +21,8 @@ class TrainConfig:
     steps: int = 1000
     """Optimiser steps."""
     lr: float = 0.0
-    """Peak learning rate. 0 for 1 / width of a new model (7.8e-3 for 1m, 3.9e-3 for 5m), 1e-3 for one that is trained
-    already."""
+    """Peak learning rate. 0 for 1 / width of a new model (7.8e-3 for 1m, 3.9e-3 for 5m), for 1e-3 if the model is
+    trained already, and for 2e-3 in a comparison."""
     optimizer: Optimizer = "adamw"
     """adamw or muon. Muon steps the matrices of the blocks, at the same learning rate and weight decay, AdamW the
     rest."""
