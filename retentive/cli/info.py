@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +19,7 @@ from retentive.checkpoint import rwkv
 from retentive.checkpoint.quantize import Quantization
 from retentive.cli.loading import Limits
 from retentive.cli.parsing import parse
+from retentive.cli.train import read_changes
 from retentive.files import check_places, write_json
 from retentive.models import (
     ARCHITECTURES,
@@ -55,6 +56,8 @@ class InfoCommand(Limits):
     """List the named sizes."""
     vocab_size: int = 32000
     """Vocabulary size for a named size or architecture."""
+    set: Mapping[str, Any] = field(default_factory=dict)
+    """Changes to a named size or architecture, as for `retentive train`, such as attention=[0] convolution=4."""
     size: Annotated[str, tyro.conf.arg(metavar="SIZE")] = ""
     """Size of a named architecture; 5m by default."""
     to: Annotated[str, tyro.conf.arg(metavar="gguf")] = ""
@@ -104,6 +107,9 @@ def show(console: Console, command: InfoCommand) -> Any:
         raise ValueError(f"`sizes` lists those of RetNets: leave out {command.run}")
     if command.size and command.run not in NAMES:
         raise ValueError(f"{option('size', command.size)} is for an architecture, such as hybrid: leave it out")
+    named = command.run in (*PRESETS, *NAMES) and not Path(command.run).exists()  # a folder may be called 5m
+    if command.set and not named:
+        raise ValueError("`set` changes a size or an architecture, such as hybrid: leave it out")
     if command.sizes:
         console.print(sizes(command.vocab_size))
     elif command.machine:
@@ -114,15 +120,14 @@ def show(console: Console, command: InfoCommand) -> Any:
             f"info needs a run, a model folder, a size (retentive info --sizes lists them) or an architecture "
             f"({', '.join(NAMES)})"
         )
-    elif command.run in PRESETS and not Path(command.run).exists():  # a folder may be called 5m
-        config = retnet(command.run, vocab_size=command.vocab_size).with_window(command.window, command.sinks)
-        describe(console, config, f"size {command.run}")
-    elif command.run in NAMES and not Path(command.run).exists():
-        size = command.size or "5m"
-        config = config_of(command.run, size, vocab_size=command.vocab_size)
+    elif named:
+        sized = command.run in PRESETS
+        name, size = ("retnet", command.run) if sized else (command.run, command.size or "5m")
+        config = config_of(name, size, vocab_size=command.vocab_size, **read_changes(list(command.set)))
         config = config.with_window(command.window, command.sinks)
-        describe(console, config, f"architecture {command.run} in size {size}")
-        if command.run in ARCHITECTURES:
+        title = f"size {size}" if sized else f"architecture {name} in size {size}"
+        describe(console, config, title + (f", with {' '.join(command.set)}" if command.set else ""))
+        if command.run in ARCHITECTURES and not command.set:
             console.print("\n" + differences(config, size, command.vocab_size), markup=False, soft_wrap=True)
     else:
         folder = command.limited(command.run)
@@ -180,9 +185,9 @@ def describe(console: Console, config: Any, title: str, quantized: Quantization 
     name = "the twin's KV cache" if config.retains else "KV cache"
     table.add_row(name, *[decimal(cost.cache_bytes(other, n)) for n in CONTEXTS])
     console.print(table)
-    if not config.attends:
-        least = cost.break_even(config, other)
-        console.print(f"  The state is smaller than the KV cache from {least:,} tokens of context.")
+    least = cost.break_even(config, other)
+    if config.retains and least is not None:
+        console.print(f"  Its memory is smaller than the twin's from {counted(least, 'token')} of context.")
 
 
 def fields_of(config: Any) -> Iterator[str]:

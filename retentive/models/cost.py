@@ -158,10 +158,20 @@ def memory_bytes(config: ModelConfig, context: int, *, sequences: int = 1, bytes
 
 
 def break_even(config: ModelConfig, other: ModelConfig, *, bytes_per_value: int = 4) -> int | None:
-    """Returns the context length from which the state is smaller than the other's cache; None if never (a window)."""
-    tokens = state_bytes(config) // cache_bytes(other, 1, bytes_per_value=bytes_per_value) + 1
-    grown = cache_bytes(other, tokens, bytes_per_value=bytes_per_value)
-    return tokens if grown > state_bytes(config) else None
+    """Returns the context length from which the memory stays smaller than the other's; None if there is none."""
+
+    def less(context: int) -> int:
+        own, others = (memory_bytes(c, context, bytes_per_value=bytes_per_value) for c in (config, other))
+        return others - own
+
+    corners = sorted({0, *config.windows, *other.windows})  # `less` is linear between two, and behind the last
+    later = less(corners[-1] + 1) - less(corners[-1])
+    if later < 0 or (later == 0 and less(corners[-1]) <= 0):
+        return None
+    start = max((n for n in corners if less(n) <= 0), default=None)
+    if start is None:
+        return 0
+    return start + -less(start) // (less(start + 1) - less(start)) + 1
 
 
 def least_training_bytes(config: ModelConfig | PeerConfig, tokens: int) -> int:

@@ -178,7 +178,7 @@ def test_from_text_to_a_model_in_another_layout(place, train, capsys):
     assert f"{cost.parameters(model.config):,} parameters" in shown and "RetNet, new (retentive layout)" in shown
     assert "trained 4 steps" in shown and "decay=paper" in shown
     assert (
-        f"smaller than the KV cache from {cost.break_even(model.config, retentive.models.twin(model.config)):,} tokens"
+        f"smaller than the twin's from {cost.break_even(model.config, retentive.models.twin(model.config)):,} tokens"
         in shown
     )
 

@@ -21,7 +21,7 @@ def test_nothing_is_cut_in_a_pipe(capsys, monkeypatch):
     main(["info", "--sizes"])
     assert "…" not in capsys.readouterr().out
     main(["info", "5m"])
-    assert "The state is smaller than the KV cache from 57 tokens of context.\n" in capsys.readouterr().out
+    assert "Its memory is smaller than the twin's from 57 tokens of context.\n" in capsys.readouterr().out
 
 
 def test_every_model_that_has_a_name(capsys):
@@ -37,12 +37,26 @@ def test_every_model_that_has_a_name(capsys):
     [
         (["1m", "--size", "5m"], "--size 5m is for an architecture, such as hybrid: leave it out"),
         (["hybrid", "--sizes"], "--sizes lists those of RetNets: leave out hybrid"),
+        (["novels", "--set", "heads=2"], "--set changes a size or an architecture, such as hybrid: leave it out"),
+        (["--sizes", "--set", "heads=2"], "--set changes a size or an architecture, such as hybrid: leave it out"),
+        (["5m", "--set", "head=2"], "--set head=2: unknown field 'head': did you mean heads?"),
+        (["hybrid", "--set", "attention=[9]"], "attention names block 9"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(argv, words, capsys):
     with pytest.raises(SystemExit):
         main(["info", *argv])
     assert words in capsys.readouterr().err
+
+
+def test_a_change_to_an_architecture_or_a_size(capsys):
+    main(["info", "hybrid", "--size", "1m", "--set", "attention=[0]"])
+    out = capsys.readouterr().out
+    assert out.startswith("Hybrid, architecture hybrid in size 1m, with attention=[0]")
+    assert "0 attention, 1 retention, 2 retention" in out
+    for named in (["retnet", "--size", "1m"], ["1m"]):
+        main(["info", *named, "--set", "convolution=4", "heads=2"])
+        assert "with convolution=4 heads=2\n" in capsys.readouterr().out
 
 
 def test_equal_blocks_that_stand_apart_are_shown_once(capsys):

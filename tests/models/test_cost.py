@@ -183,6 +183,17 @@ def test_a_window_may_stay_smaller_than_the_state_for_ever():
     assert cost.break_even(config, changed(other, attention_window=12)) is None
 
 
+@pytest.mark.parametrize("window", [None, 5, 300])
+@pytest.mark.parametrize("other", [None, 5, 200])
+def test_break_even_of_models_that_attend(window, other):
+    """The last context whose memory is no smaller than the other's, plus one."""
+    config = config_of("hybrid", "1m", vocab_size=99, attention=[2], attention_window=window)
+    other = transformer("1m", vocab_size=99, attention_window=other)
+    least = [n for n in range(3000) if cost.memory_bytes(config, n) >= cost.memory_bytes(other, n)]
+    found = cost.break_even(config, other)
+    assert found == (None if least[-1] == 2999 else least[-1] + 1)
+
+
 @torch.no_grad()
 def test_memory_of_a_window_stays():
     config = CONFIGS["hybrid-window"]
