@@ -169,7 +169,7 @@ def claims() -> str:
         f"memory of a sequence of 65,536 tokens | {state} | "
         f"{size(cost.cache_bytes(config, 65536, bytes_per_value=2))} "
         f"({size(cost.cache_bytes(grouped, 65536, bytes_per_value=2))} with grouped heads) | lower | "
-        "computed from the shapes",
+        "155 M, computed from the shapes",
         f"training on rows of 8,192 tokens | {trained['retnet']['tokens_per_second']:,.0f} tokens/s | "
         f"{trained['transformer']['tokens_per_second']:,.0f} tokens/s | higher | "
         + file("train-default-130m", EPYC, "130 M, blocks recomputed"),
@@ -178,7 +178,7 @@ def claims() -> str:
         f"{contexts['transformer']:.1f} | lower | "
         + f"6.0 M: {file('contexts-novels-retnet', EPYC, paper)}, "
         + file("contexts-novels-transformer", EPYC, "plain twin")
-        + " ([with a forget gate](docs/numbers.md#long-contexts) it does not lose)",
+        + " (a twin [with a forget gate](docs/numbers.md#long-contexts) does not get worse)",
         f"pictures: handwritten digits read rightly | {drawn(digits, 'retnet')} | {drawn(slower, 'twin')} | higher | "
         + f"1.1 M: {file('seen-digits-1m', EPYC, 'RetNet')}, "
         + file("seen-digits-half-rate-1m", ZEN4, "twin at its better learning rate"),
