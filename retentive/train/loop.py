@@ -62,7 +62,7 @@ def train(
     with cluster.on_main(directory.locked):
         begin(training, directory, hooks)
         if training.step < config.steps:
-            rate = "" if config.lr else f"learning rate {training.config.lr:.2g}"
+            rate = f"learning rate {training.config.lr:.2g}"
             title = ", ".join(filter(None, (hooks.title, training.config.precision, rate)))
             if training.step:
                 title = resumed_line(training.step, config.steps, before.get("steps", config.steps))

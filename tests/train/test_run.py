@@ -182,10 +182,11 @@ def test_a_run_without_a_checkpoint_takes_the_learning_rate_of_its_new_width(mad
     assert read_options(run)["train"]["lr"] == 1 / 64
 
 
-def test_the_learning_rate_of_a_trained_model_is_lower(made, same_end):
+def test_the_learning_rate_of_a_trained_model_is_lower(made, same_end, capsys):
     whole = made("whole").run(quiet=True)
     further = made("further", lr=0.0, set={}, size="5m", init=str(whole), resume=True)
-    assert read_options(further.run(quiet=True))["train"]["lr"] == 1e-3
+    assert read_options(further.run())["train"]["lr"] == 1e-3
+    assert "learning rate 0.001" in capsys.readouterr().err
     cut_back(further.out)
     same_end(further.run(quiet=True), made("again", lr=1e-3, set={}, size="5m", init=str(whole)).run(quiet=True))
 
