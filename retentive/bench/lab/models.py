@@ -187,8 +187,8 @@ def check_decoding(model: LanguageModel, length: int = 48, *, state_dtype: torch
         state_dtype: dtype of the states of retention while decoding; None: float32.
 
     Raises:
-        ArithmeticError: the difference is above the tolerance (16 roundings of the narrowest dtype, relative to the
-            largest logit, but for float32).
+        ArithmeticError: the difference is above the tolerance: TOLERANCE in float32, else 16 roundings of the narrowest
+            dtype, relative to the largest logit, and with more than 12 blocks as many more.
     """
     ids = _ids(model, length)
     want = model(ids)[0]
@@ -204,7 +204,10 @@ def check_decoding(model: LanguageModel, length: int = 48, *, state_dtype: torch
         step = 2**-6
     else:
         step = 2**-8 if torch.bfloat16 in (state_dtype, model.dtype) else 0
-    bound = 16 * step * max(1.0, float(want.abs().max())) if step else TOLERANCE
+    # Each block rounds anew. The 24 of fla-340m differ by 22 roundings, and either way of reading by as many from
+    # float32.
+    roundings = 16 * max(1.0, len(model.config.without_convolutions().blocks) / 12)
+    bound = roundings * step * max(1.0, float(want.abs().max())) if step else TOLERANCE
     if not worst <= bound:
         raise ArithmeticError(
             f"{model.config.name} decodes logits that are off by {worst:.1e}, more than {bound:.1e}: not timed"
