@@ -153,7 +153,7 @@ INLINE void tile(int pair, int nv, i64 units, const float *a, i64 am, i64 ar, co
         for (int n = 0; n < nv; n++) store(to + i * ld + n * LANES, sum[i][n]);
 }
 
-typedef enum { FULL, LOWER, UP_TO_ROW, FROM_ROW } Shape; /* the part of a product that is not zero */
+typedef enum { FULL, LOWER, UPPER, UP_TO_ROW, FROM_ROW } Shape; /* the part of a product that is not zero */
 typedef struct { const float *p; i64 depth; } Operand;   /* depth: units per row, or per panel */
 typedef struct { float *p; i64 ld, panel; } Result;      /* stride of rows, stride of column panels, in floats */
 
@@ -163,7 +163,7 @@ INLINE void products(int pair, int transposed, Shape shape, i64 M, i64 N, i64 un
     for (i64 begin = 0; begin < units; begin += DEPTH)
         for (i64 n = 0; n < N; n += NC)
             for (i64 m = 0; m < M; m += MR) {
-                if (shape == LOWER && n >= m + MR) continue;
+                if ((shape == LOWER && n >= m + MR) || (shape == UPPER && n + NC <= m)) continue;
                 i64 row = pair ? m / 2 : m, row_end = pair ? (m + MR) / 2 : m + MR;
                 i64 first = begin, last = smaller(begin + DEPTH, units), at = n / NC * to.panel + m * to.ld;
                 if (shape == UP_TO_ROW) last = smaller(last, row_end);
@@ -179,8 +179,8 @@ INLINE void products(int pair, int transposed, Shape shape, i64 M, i64 N, i64 un
             }
 }
 
-/* to [M][N] = beta (per row, 1 if NULL) * from (0 if NULL) + A B. Skips what `shape` says is zero: for LOWER columns
-   past the row, for UP_TO_ROW and FROM_ROW units past and before the row. */
+/* to [M][N] = beta (per row, 1 if NULL) * from (0 if NULL) + A B. Skips what `shape` says is zero: for LOWER and UPPER
+   columns past and before the row, for UP_TO_ROW and FROM_ROW units past and before the row. */
 #define PRODUCT(name, pair, transposed)                                                                             \
     static void name(Shape shape, i64 M, i64 N, i64 units, Operand A, Operand B, const float *from,                 \
                      const float *beta, Result to) {                                                                \
@@ -208,7 +208,7 @@ static void tiles(int transposed, Shape shape, i64 M, i64 N, i64 units, Operand 
                 for (i64 i = 0; i < BLOCK; i += LANES) transpose_square(panel + r * NC + i, NC, block + i * ld + r, ld);
         }
         for (i64 n = 0; n < N; n += BLOCK) {
-            if (shape == LOWER && n >= m + BLOCK) continue;
+            if ((shape == LOWER && n >= m + BLOCK) || (shape == UPPER && n + BLOCK <= m)) continue;
             float *at = to.p + n / NC * to.panel + m * to.ld;
             const float *b = B.p + n * B.depth + first * NC;
             if (from) {

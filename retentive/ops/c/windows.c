@@ -82,11 +82,17 @@ INLINE void multiply(const Call *c, int transposed, Shape shape, i64 M, i64 N, i
     else (PAIR(c) ? product_pairs : product_floats)(shape, M, N, units, A, B, from, NULL, to);
 }
 
+/* Shape of a product with the chunk at column j: `causal` for the block's own, `passing` for the oldest, of which a row
+   sees only later columns than its own number, and FULL for the others. */
+INLINE Shape shape_of(const Call *c, const Space *s, i64 j, Shape causal, Shape passing) {
+    return j + c->C == s->wide ? causal : j ? FULL : passing;
+}
+
 /* to [rows][wide] = x, an operand of the block, times the transposed chunks of `ring` */
 static void scores(const Call *c, const Space *s, const Block *b, const float *x, float *ring, float *to) {
     i64 C = c->C, Ku = PAIR(c) ? s->K / 2 : s->K;
     for (i64 j = b->first; j < s->wide; j += C)
-        multiply(c, 0, j + C == s->wide ? LOWER : FULL, b->rows, C, Ku, (Operand){x, Ku},
+        multiply(c, 0, shape_of(c, s, j, LOWER, UPPER), b->rows, C, Ku, (Operand){x, Ku},
                  (Operand){slot_of(s, b, C, ring, j), Ku}, NULL, (Result){to + j, s->wide, NC});
 }
 
@@ -95,7 +101,7 @@ static void mix(const Call *c, Space *s, const Block *b, const float *x, float *
     i64 C = c->C, units = PAIR(c) ? C / 2 : C, depth = PAIR(c) ? s->wide / 2 : s->wide;
     x = as_rows(PAIR(c), x, b->rows, s->wide, s->score_rows);
     for (i64 j = b->first; j < s->wide; j += C)
-        multiply(c, 0, j + C == s->wide ? UP_TO_ROW : FULL, b->rows, s->K, units,
+        multiply(c, 0, shape_of(c, s, j, UP_TO_ROW, FROM_ROW), b->rows, s->K, units,
                  (Operand){x + (PAIR(c) ? j / 2 : j), depth}, (Operand){slot_of(s, b, C, ring, j), units},
                  j > b->first ? s->out : NULL, (Result){s->out, s->K, NC});
 }
@@ -106,8 +112,8 @@ static void collect(const Call *c, Space *s, const Block *b, const float *x, con
     for (i64 j = b->first; j < s->wide; j += C) {
         float *sum = slot_of(s, b, C, ring, j);
         as_panels(PAIR(c), x + j, s->wide, b->rows, C, s->panels);
-        multiply(c, 1, FULL, C, s->K, units, (Operand){s->panels, units}, (Operand){y, units}, sum,
-                 (Result){sum, s->K, NC});
+        multiply(c, 1, shape_of(c, s, j, FROM_ROW, UP_TO_ROW), C, s->K, units, (Operand){s->panels, units},
+                 (Operand){y, units}, sum, (Result){sum, s->K, NC});
     }
 }
 
