@@ -1,6 +1,7 @@
 """`retentive info`: architecture of a model, and its costs in memory and arithmetic."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from retentive import machine, native
 from retentive.checkpoint import rwkv
+from retentive.checkpoint.find import shipped
 from retentive.checkpoint.quantize import Quantization
 from retentive.cli.loading import Limits
 from retentive.cli.parsing import parse
@@ -29,13 +31,12 @@ from retentive.models import (
     config_of,
     cost,
     retnet,
-    twin,
 )
 from retentive.models.encoders import Config as EncoderConfig
 from retentive.models.encoders import ImageConfig, encoder_of
 from retentive.models.presets import flat
 from retentive.ops import backends
-from retentive.options import option
+from retentive.options import known, option
 from retentive.tables import counted
 from retentive.train.log import read_metrics
 
@@ -47,7 +48,7 @@ WIDE = 1000
 
 @dataclass(frozen=True)
 class InfoCommand(Limits):
-    """Show architecture, parameters and FLOPs of a model, and its memory beside its Transformer twin."""
+    """Show architecture, parameters and FLOPs of a model, and its memory beside a Transformer's."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
     """Run directory, model folder, .gguf file, shipped model (novels; in a clone also smollm2-retnet-135m), a size
@@ -63,7 +64,7 @@ class InfoCommand(Limits):
     to: Annotated[str, tyro.conf.arg(metavar="gguf")] = ""
     """Also say how `retentive export --to gguf` would write the model; if it cannot, all that the model would need."""
     json: Path | None = None
-    """File for the config, parameters, FLOPs and memory by context."""
+    """File for the config, parameters, FLOPs, and memory by context beside a Transformer's."""
     machine: bool = False
     """Show this machine: processor, torch, and the engines that run models on it."""
 
@@ -94,7 +95,10 @@ def numbers(config: Any) -> dict[str, Any]:
     return found | {
         "weight_bytes_float32": cost.weight_bytes(config),
         "flops_per_token": cost.flops_per_token(config, 2048),
-        "memory_bytes": {str(n): cost.memory_bytes(config, n) for n in CONTEXTS},
+        # states of float32, caches of 16 bits
+        "memory_bytes": {str(n): cost.memory_bytes(config, n, bytes_per_value=2) for n in CONTEXTS},
+        "kv_cache_bytes_per_token": cost.attention_cache_bytes(config),  # of a Transformer in its place
+        "break_even": cost.break_even(config),
     }
 
 
@@ -108,7 +112,7 @@ def show(console: Console, command: InfoCommand) -> Any:
     if command.size and command.run not in NAMES:
         raise ValueError(f"{option('size', command.size)} is for an architecture, such as hybrid: leave it out")
     named = command.run in (*PRESETS, *NAMES) and not Path(command.run).exists()  # a folder may be called 5m
-    if command.set and not named:
+    if command.set and not named and (command.run or command.sizes or command.machine):
         raise ValueError("`set` changes a size or an architecture, such as hybrid: leave it out")
     if command.sizes:
         console.print(sizes(command.vocab_size))
@@ -130,6 +134,8 @@ def show(console: Console, command: InfoCommand) -> Any:
         if command.run in ARCHITECTURES and not command.set:
             console.print("\n" + differences(config, size, command.vocab_size), markup=False, soft_wrap=True)
     else:
+        if re.fullmatch(r"[\w.-]+", command.run) and not Path(command.run).exists():
+            known([command.run], (*PRESETS, *NAMES, *shipped()), "model folder, size or architecture")
         folder = command.limited(command.run)
         config = folder.config
         kind = f"GGUF of {', '.join(folder.gguf.types)}" if folder.gguf else f"{folder.layout} layout"
@@ -173,21 +179,21 @@ def describe(console: Console, config: Any, title: str, quantized: Quantization 
     console.print(
         f"  {weights}, {cost.flops_per_token(config, 2048) / 1e6:,.1f} MFLOP a token forward (context 2048)\n"
     )
-    # the RetNet beside its Transformer twin; a Transformer by itself
-    other = twin(config)
-    table = Table(title="memory of one sequence, float32", title_justify="left")
+    # a RetNet beside a Transformer in its place; a Transformer by itself
+    per_token = cost.attention_cache_bytes(config)
+    precisions = ["states in float32"] * config.retains + ["KV caches in 16 bits"]
+    table = Table(title=f"memory of one sequence ({', '.join(precisions)})", title_justify="left")
     table.add_column("context")
     for n in CONTEXTS:
         table.add_column(f"{n:,}", justify="right")
-    if config.retains:
-        name = "states and KV cache" if config.attends else "RetNet's state"
-        table.add_row(name, *[decimal(cost.memory_bytes(config, n)) for n in CONTEXTS])
-    name = "the twin's KV cache" if config.retains else "KV cache"
-    table.add_row(name, *[decimal(cost.cache_bytes(other, n)) for n in CONTEXTS])
+    own = "KV cache" if not config.retains else "states and KV cache" if config.attends else "RetNet's state"
+    table.add_row(own, *[decimal(cost.memory_bytes(config, n, bytes_per_value=2)) for n in CONTEXTS])
+    if per_token is not None:
+        table.add_row("a Transformer's KV cache", *[decimal(n * per_token) for n in CONTEXTS])
     console.print(table)
-    least = cost.break_even(config, other)
-    if config.retains and least is not None:
-        console.print(f"  Its memory is smaller than the twin's from {counted(least, 'token')} of context.")
+    least = cost.break_even(config)
+    if least is not None:
+        console.print(f"  Its memory is smaller than the Transformer's from {counted(least, 'token')} of context.")
 
 
 def fields_of(config: Any) -> Iterator[str]:

@@ -157,21 +157,22 @@ def memory_bytes(config: ModelConfig, context: int, *, sequences: int = 1, bytes
     return state_bytes(config, sequences=sequences) + cache
 
 
-def break_even(config: ModelConfig, other: ModelConfig, *, bytes_per_value: int = 4) -> int | None:
-    """Returns the context length from which the memory stays smaller than the other's; None if there is none."""
+def break_even(config: ModelConfig) -> int | None:
+    """Returns the context length from which the memory stays smaller than the cache of a Transformer in its place.
 
-    def less(context: int) -> int:
-        own, others = (memory_bytes(c, context, bytes_per_value=bytes_per_value) for c in (config, other))
-        return others - own
-
-    corners = sorted({0, *config.windows, *other.windows})  # `less` is linear between two, and behind the last
-    later = less(corners[-1] + 1) - less(corners[-1])
-    if later < 0 or (later == 0 and less(corners[-1]) <= 0):
+    Caches have 16 bits (see `attention_cache_bytes`), states are float32. None if there is no such length, as for a
+    Transformer.
+    """
+    per_token = attention_cache_bytes(config)
+    if per_token is None:
         return None
-    start = max((n for n in corners if less(n) <= 0), default=None)
-    if start is None:
-        return 0
-    return start + -less(start) // (less(start + 1) - less(start)) + 1
+
+    def saved(context: int) -> int:
+        return context * per_token - memory_bytes(config, context, bytes_per_value=2)
+
+    start = max(n for n in {0, *config.windows} if saved(n) <= 0)  # `saved` is linear between two, and behind the last
+    growth = saved(start + 1) - saved(start)
+    return start + -saved(start) // growth + 1 if growth > 0 else None
 
 
 def least_training_bytes(config: ModelConfig | PeerConfig, tokens: int) -> int:

@@ -21,7 +21,7 @@ def test_nothing_is_cut_in_a_pipe(capsys, monkeypatch):
     main(["info", "--sizes"])
     assert "…" not in capsys.readouterr().out
     main(["info", "5m"])
-    assert "Its memory is smaller than the twin's from 57 tokens of context.\n" in capsys.readouterr().out
+    assert "Its memory is smaller than the Transformer's from 113 tokens of context.\n" in capsys.readouterr().out
 
 
 def test_every_model_that_has_a_name(capsys):
@@ -41,6 +41,9 @@ def test_every_model_that_has_a_name(capsys):
         (["--sizes", "--set", "heads=2"], "--set changes a size or an architecture, such as hybrid: leave it out"),
         (["5m", "--set", "head=2"], "--set head=2: unknown field 'head': did you mean heads?"),
         (["hybrid", "--set", "attention=[9]"], "attention names block 9"),
+        (["--set", "heads=2"], "info needs a run, a model folder, a size"),
+        (["Hybrid"], "unknown model folder, size or architecture 'Hybrid': did you mean hybrid?"),
+        (["novel"], "did you mean novels?"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(argv, words, capsys):
@@ -57,6 +60,11 @@ def test_a_change_to_an_architecture_or_a_size(capsys):
     for named in (["retnet", "--size", "1m"], ["1m"]):
         main(["info", *named, "--set", "convolution=4", "heads=2"])
         assert "with convolution=4 heads=2\n" in capsys.readouterr().out
+
+
+def test_changes_of_several_options_are_joined_and_the_later_counts(capsys):
+    main(["info", "1m", "--set", "convolution=4", "heads=1", "--set=gate=false", "--set", "heads=2"])
+    assert "with convolution=4 gate=false heads=2\n" in capsys.readouterr().out
 
 
 def test_equal_blocks_that_stand_apart_are_shown_once(capsys):

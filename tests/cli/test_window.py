@@ -68,8 +68,8 @@ def test_info_shows_the_window_and_its_memory(folders, capsys):
     shown = said(["info", "whole", *LIMITS], capsys)
     assert shown.replace("whole", "short") == said(["info", "short"], capsys)
     assert "window=6  sinks=2" in shown
-    (row,) = (line for line in shown.splitlines() if "KV cache" in line)
-    assert row.count("2.0 kB") == 5  # 2 layers, 8 tokens, 2 x 16 numbers of 4 bytes
+    (row,) = (line for line in shown.splitlines() if "│ KV cache" in line)
+    assert row.count("1.0 kB") == 5  # 2 layers, 8 tokens, 2 x 16 numbers of 2 bytes
     assert "window=8" in said(["info", "transformer", "--window", "8"], capsys)
 
 

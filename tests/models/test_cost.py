@@ -160,38 +160,37 @@ def test_training_takes_three_forward_passes_at_the_mean_context(name):
 
 
 @pytest.mark.parametrize("size", PRESETS)
-@pytest.mark.parametrize("bytes_per_value", [2, 4], ids=["bf16-cache", "fp32-cache"])
-def test_break_even_is_the_first_context_where_the_state_is_smaller(size, bytes_per_value):
+def test_break_even_is_the_first_context_where_the_state_is_smaller(size):
     config = retnet(size, vocab_size=1000)
-    other = twin(config)
-    n = cost.break_even(config, other, bytes_per_value=bytes_per_value)
-    before, at = (cost.cache_bytes(other, c, bytes_per_value=bytes_per_value) for c in (n - 1, n))
+    n = cost.break_even(config)
+    before, at = (cost.cache_bytes(twin(config), c, bytes_per_value=2) for c in (n - 1, n))
     assert before <= cost.state_bytes(config) < at
 
 
 def test_break_even_by_hand():
-    """4 layers; a state of 2 heads x 8 x 24 values; a cache of 2 x 16 values a token: 384 / 32 = 12 tokens are even."""
+    """4 layers, each with a state of 2 heads x 8 x 24 values of 4 bytes, and a cache of 2 x 16 values of 2 a token.
+
+    1,536 / 64 = 24 tokens are even.
+    """
     config = retnet(dim=16, layers=4, heads=2, value_dim=48)
-    assert cost.break_even(config, transformer(dim=16, layers=4, heads=2)) == 13
-    assert cost.break_even(changed(config, value_dim=32), transformer(dim=16, layers=4, heads=2)) == 9
-
-
-def test_a_window_may_stay_smaller_than_the_state_for_ever():
-    """As above 12 tokens are even: a window of 13 is larger once it is full, one of 12 never."""
-    config, other = retnet(dim=16, layers=4, heads=2, value_dim=48), transformer(dim=16, layers=4, heads=2)
-    assert cost.break_even(config, changed(other, attention_window=13)) == 13
-    assert cost.break_even(config, changed(other, attention_window=12)) is None
+    assert cost.break_even(config) == 25
+    assert cost.break_even(changed(config, value_dim=32)) == 17
+    assert cost.break_even(transformer(dim=16, layers=4, heads=2)) is None
 
 
 @pytest.mark.parametrize("window", [None, 5, 300])
-@pytest.mark.parametrize("other", [None, 5, 200])
-def test_break_even_of_models_that_attend(window, other):
-    """The last context whose memory is no smaller than the other's, plus one."""
+@pytest.mark.parametrize("kind", ["hybrid", "student"])
+def test_break_even_of_models_that_attend(kind, window):
+    """The last context whose memory is no smaller than that of the cache, plus one."""
     config = config_of("hybrid", "1m", vocab_size=99, attention=[2], attention_window=window)
-    other = transformer("1m", vocab_size=99, attention_window=other)
-    least = [n for n in range(3000) if cost.memory_bytes(config, n) >= cost.memory_bytes(other, n)]
-    found = cost.break_even(config, other)
-    assert found == (None if least[-1] == 2999 else least[-1] + 1)
+    if kind == "student":  # attention before each retention, as of a Transformer that was made a RetNet
+        shared = AttentionConfig(dim=64, heads=4, kv_heads=1, window=window)
+        retains = RetentionConfig(dim=64, heads=2, key_dim=32, value_dim=32)
+        blocks = (BlockConfig(shared, None), BlockConfig(retains, FeedForwardConfig(128))) * 3
+        config = ModelConfig(vocab_size=99, dim=64, blocks=blocks)
+    cache = cost.attention_cache_bytes(config)
+    least = [n for n in range(3000) if cost.memory_bytes(config, n, bytes_per_value=2) >= n * cache]
+    assert cost.break_even(config) == (None if least[-1] == 2999 else least[-1] + 1)
 
 
 @torch.no_grad()
