@@ -77,13 +77,15 @@ def read_variants(items: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return the variants that NAME:FIELD=VALUE,FIELD=VALUE strings define; model=NAME names the model to change.
 
     Raises:
-        ValueError: a name is missing, a field is unknown, or a value has the wrong type.
+        ValueError: a name is missing or given twice, a field is unknown, or a value has the wrong type.
     """
     variants = {}
     for item in items:
         name, colon, text = item.partition(":")
         if not re.fullmatch(r"[A-Za-z0-9.-]+", name) or not colon or not text:  # becomes part of a folder's name
             raise ValueError(f"--set {item}: expected NAME:FIELD=VALUE,FIELD=VALUE, NAME of letters, digits, . and -")
+        if name in variants:
+            raise ValueError(f"--set {item}: {name} is defined twice; choose another name")
         parts = re.split(r",(?![^\[]*\])", text)  # not at commas within a list of numbers
         model = [part.removeprefix("model=") for part in parts if part.startswith("model=")]
         changes = [part for part in parts if not part.startswith("model=")]

@@ -72,11 +72,39 @@ def parse(kind: type[Command], program: str, argv: Sequence[str], **how: Any) ->
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            return tyro.cli(kind, prog=program, args=list(argv), registry=MAPPINGS, **how)
+            return tyro.cli(kind, prog=program, args=join_mappings(kind, argv), registry=MAPPINGS, **how)
     except SystemExit as stop:
         if not stop.code:
             raise
     raise ValueError(f"{unknown_option(kind, argv) or one_line(said.getvalue())} ({program} --help)")
+
+
+def join_mappings(kind: Any, argv: Sequence[str]) -> list[str]:
+    """Returns the arguments with the values of --set A=1 … --set B=2 after one --set.
+
+    A later A replaces an earlier one. The parser itself would keep the last option's values alone.
+    """
+    given = dict[str, list[list[str]]]((f"--{name}", []) for name in mapping_names(kind))
+    others, current = list[str](), None
+    for word in argv:
+        option, equals, value = word.partition("=")
+        if word.startswith("-"):
+            current = given.get(option.replace("_", "-"))
+            if current is not None:
+                current.append([value] if equals else [])
+                continue
+        (others if current is None else current[-1]).append(word)
+    for option, groups in given.items():
+        others += [option] if groups else []
+        for n, group in enumerate(groups):
+            later = {name_of(value) for after in groups[n + 1 :] for value in after}
+            others += [value for value in group if name_of(value) not in later]
+    return others
+
+
+def name_of(value: str) -> str:
+    """Returns NAME of NAME=VALUE or NAME:FIELD=VALUE,…"""
+    return re.split("[=:]", value, maxsplit=1)[0]
 
 
 def unknown_option(kind: Any, argv: Sequence[str]) -> str:
@@ -101,6 +129,16 @@ def option_names(kind: Any) -> Iterator[str]:
             yield name.replace("_", "-")
         else:
             yield from option_names(inner)
+
+
+def mapping_names(kind: Any) -> Iterator[str]:
+    """Yields the names of the options that `mapping` parses, also of dataclasses within it."""
+    hints = get_type_hints(kind)
+    for name, inner in nested(kind):
+        if inner is not None:
+            yield from mapping_names(inner)
+        elif get_origin(hints[name]) is Mapping and get_args(hints[name])[0] is str:
+            yield name.replace("_", "-")
 
 
 def nested(kind: Any) -> Iterator[tuple[str, Any]]:

@@ -157,7 +157,8 @@ def read_recipe(argv: list[str], kind: type[Recipe]) -> tuple[Recipe | None, lis
         recipe = runpy.run_path(str(path)).get("recipe")
         made = recipe() if callable(recipe) else None
     except Exception as error:  # a recipe is any Python
-        raise ValueError(f"{line_of(error, path)}: {type(error).__name__}: {error}") from error
+        said = error.msg if isinstance(error, SyntaxError) else error  # without its place
+        raise ValueError(f"{line_of(error, path)}: {type(error).__name__}: {said}") from error
     if not isinstance(made, kind):
         raise ValueError(f"{path} is no recipe: expected a function recipe() that returns a {kind.__name__}")
     return made, argv[:at] + argv[at + 2 :]
@@ -181,7 +182,7 @@ def read_changes(items: Sequence[str], beside: Sequence[str] = (), *, of: str = 
         of: what was typed before them, for messages.
 
     Raises:
-        ValueError: a field is unknown, or a value has the wrong type.
+        ValueError: a field is unknown or given twice, or a value has the wrong type.
     """
     changes = {}
     for item in items:
@@ -192,6 +193,8 @@ def read_changes(items: Sequence[str], beside: Sequence[str] = (), *, of: str = 
             known([name], (*beside, *FIELDS), "field")
         except ValueError as error:
             raise ValueError(f"--set {of}{item}: {error}") from None
+        if name in changes:
+            raise ValueError(f"--set {of}{item}: {name} is given twice")
         changes[name] = read_value(of + item, text, FIELDS[name])
     return changes
 
@@ -215,4 +218,4 @@ def read_value(item: str, text: str, kind: Any) -> Any:
     if type(value) is list and any(get_origin(k) is tuple for k in kinds):
         return tuple(value)
     wanted = WANTED.get(kinds[0], "numbers as in [1, 2]") + (", or null" if NoneType in kinds else "")
-    raise ValueError(f"--set {item}: expected {wanted}, got {text}")
+    raise ValueError(f"--set {item}: expected {wanted}, got {text or 'nothing'}")

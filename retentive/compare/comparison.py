@@ -27,7 +27,7 @@ from retentive.files import make_folder, write_text
 from retentive.machine import pick_device
 from retentive.models import cost
 from retentive.models.peers import KINDS
-from retentive.options import known, option
+from retentive.options import at_least_one, known, option
 from retentive.tables import counted, duration
 from retentive.train import TrainConfig, TrainRun
 from retentive.train.config import Optimizer, Precision
@@ -99,8 +99,9 @@ class Comparison:
                 raise ValueError(f"`{name}` is empty: nothing to compare")
             if len(set(values)) < len(values):
                 raise ValueError(f"{option(name, values)}: a value is given twice")
-        if not all(0 < lr < math.inf for lr in lrs):  # 0 stands for a rate that is not known yet, whose runs wait
-            raise ValueError(f"{option('lrs', lrs)}: each must be a number above 0")
+        for lr in lrs:
+            if not 0 < lr < math.inf:  # 0 stands for a rate that is not known yet, whose runs wait
+                raise ValueError(f"{option('lrs', lr)}: expected a number above 0")
         if not self.tune:
             return [Run(v, size, seed, lr) for seed, size, lr, v in product(self.seeds, self.sizes, lrs, self.names)]
         first = [Run(v, size, self.seeds[0], lr) for size, lr, v in product(self.sizes, lrs, self.names)]
@@ -137,8 +138,7 @@ class Comparison:
             FileExistsError: the folder is not empty and holds no runs.
             ModuleNotFoundError: a variant needs a library that is not installed.
         """
-        if self.jobs < 1:
-            raise ValueError(f"{option('jobs', self.jobs)}: must be at least 1")
+        at_least_one(self, "jobs", "batch", "length")
         runs = [run for run in self.plan() if run.lr]
         if self.out.is_file():
             raise FileExistsError(f"{self.out} is a file: choose a folder for the runs (`out`)")

@@ -92,7 +92,7 @@ class TrainConfig:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
         for name in ("warmup", "eval_every", "sample_every", "lr", "weight_decay", "clip", "skip_nonfinite"):
             if not getattr(self, name) >= 0:  # NaN neither
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
+                raise ValueError(f"`{name}` must be a number of at least 0, got {getattr(self, name)}")
         if not 0 <= self.final_lr <= 1:
             raise ValueError(f"`final_lr` must be in [0, 1], a fraction of lr, got {self.final_lr}")
         if not 0 < self.decay_fraction <= 1:

@@ -101,14 +101,14 @@ def test_data(case, refused, monkeypatch):
 
 TRAINING = {
     "unknown-size": (["--size", "3m"], "unknown size '3m', expected one of 1m, 2m, 5m"),
-    "heads-that-do-not-divide": (["--set", "heads=3"], "key_dim 128 is not divisible by heads 3"),
+    "heads-that-do-not-divide": (["--set", "heads=3"], "key_dim 32 is not divisible by heads 3"),
     "odd-key-head-dim": (["--set", "heads=2", "key_dim=6"], "must be even for the rotation"),
     "misspelt-field": (["--set", "atention_window=1"], "'atention_window': did you mean attention_window?"),
     "not-a-number-or-null": (["--set", "attention_window=none"], "expected a whole number, or null, got none"),
     "unknown-field": (["--set", "nonsense=1"], "--set nonsense=1: unknown field 'nonsense', expected one of"),
     "field-with-a-word": (["--set", "heads=two"], "--set heads=two"),
     "unknown-decay": (["--model", "retnet", "--set", "decay=slow"], "unknown decay schedule 'slow'"),
-    "no-rate": (["--lr", "-1"], "--lr must not be negative, got -1.0"),
+    "no-rate": (["--lr", "-1"], "--lr must be a number of at least 0, got -1.0"),
     "too-long": (["--length", "100000"], "too few for a window of length 100000"),
     "twin-in-carry": (["--mode", "carry", "--model", "transformer"], "use another mode"),
     "a-run-that-exists": (
@@ -118,6 +118,8 @@ TRAINING = {
     "recipe-missing": (["--recipe", "none.py"], "no recipe at none.py: give a path to one"),
     "recipe-not-named": (["--recipe"], "--recipe needs a file"),
     "recipe-without-function": (["--recipe", "other.py"], "other.py is no recipe: expected a function recipe()"),
+    "field-given-twice": (["--set", "gate=true", "gate=false"], "--set gate=false: gate is given twice"),
+    "field-without-its-number": (["--set", "heads="], "--set heads=: expected a whole number, got nothing"),
     "field-without-value": (["--set", "heads"], "--set heads: expected FIELD=VALUE, such as"),
     "all-decays": (
         ["--model", "retnet", "--set", "decay=slow"],
@@ -129,7 +131,7 @@ TRAINING = {
     ),
     "large-seed": (["--seed", str(2**70)], "--seed must be from -1,000,000,000,000 to 1,000,000,000,000, got"),
     "infinite-rate": (["--lr", "inf"], "--lr must be finite, got inf"),
-    "decay-that-is-no-number": (["--weight-decay", "nan"], "--weight-decay must not be negative, got nan"),
+    "decay-that-is-no-number": (["--weight-decay", "nan"], "--weight-decay must be a number of at least 0, got nan"),
     "device-that-computes-nothing": (["--device", "meta"], "unknown device 'meta'"),
     "out-is-the-data": (["--out", "data"], "data holds packed data: choose another folder for the run (--out)"),
     "out-is-full-of-others": (["--out", "corpus", "--overwrite"], "corpus holds other things (0.txt): choose a new or"),
@@ -199,7 +201,7 @@ RESUMING = {
     "fewer-steps": (["--steps", "3"], "--steps 3 is less than the 4 that the run at run has done"),
     "size": (["--size", "10m"], "--size 10m contradicts --size 1m of the run at run: leave it out"),
     "size-of-the-default": (["--size", "5m"], "--size 5m contradicts --size 1m of the run at run: leave it out"),
-    "set": (["--set", "dim=64"], "--set dim=64 contradicts --set dim=32"),
+    "set": (["--set", "dim=64"], "dim=64 contradicts --set dim=32 layers=2 heads=2 of the run at run"),
     "mode": (["--mode", "carry"], "--mode carry contradicts --mode reset of the run at run: leave it out"),
     "precision": (
         ["--precision", "bf16"],

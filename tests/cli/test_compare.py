@@ -51,6 +51,9 @@ def test_a_comparison_from_end_to_end(place, capsys):
     with pytest.raises(SystemExit):  # before the first run, and not when its turn comes
         main([*ARGS, "--variants", *variants, "--set", "odd:heads=3"])
     assert "key_dim 16 is not divisible by heads 3" in capsys.readouterr().err and not Path("cmp").exists()
+    with pytest.raises(SystemExit):
+        main([*ARGS, "--batch", "0"])
+    assert "--batch 0: must be at least 1" in capsys.readouterr().err and not Path("cmp").exists()
     main([*ARGS, "--variants", *variants, "--sizes", "1m", "2m", "--json", "out/a.json"])
     out, said = capsys.readouterr()
     assert "(12 of 12)" in said and out.startswith("| size | variant |") and out.count("transformer") == 2
@@ -104,6 +107,8 @@ WRONG = {
     "of-the-twin": ("mine:model=hybrid,forget_gate=true", "a hybrid has no field forget_gate: beside a RetNet's"),
     "no-window": ("mine:model=hybrid,attention_window=0", "variant mine, size 1m: the window must be at least 1"),
     "named-architecture": ("mine:model=fla,qk_norm=true", "fla stands for qk_norm=False"),
+    "defined-twice": (["mine:heads=1", "mine:heads=2"], "--set mine:heads=2: mine is defined twice"),
+    "field-twice": ("mine:heads=1,heads=2", "--set mine:heads=2: heads is given twice"),
     "taken": ("no-gate:rotary=none", "that is a variant already"),
     "bias-of-nan": ("mine:decay=[NaN,-0.1]", "log decays <= 0"),
 }
@@ -113,7 +118,7 @@ WRONG = {
 def test_a_variant_that_is_none_is_refused_before_anything_is_written(case, place, capsys):
     typed, message = WRONG[case]
     with pytest.raises(SystemExit) as stop:
-        main([*ARGS, "--set", typed])
+        main([*ARGS, "--set", *([typed] if isinstance(typed, str) else typed)])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and message in err and err.count("\n") == 1 and not Path("cmp").exists()
 
