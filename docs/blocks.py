@@ -198,6 +198,7 @@ def limits() -> str:
     tokens = state / cost.cache_bytes(twin(paper), 1, bytes_per_value=2)
     return (
         f"- The state is constant, not small. For the paper's 1.3B model it takes {size(state)} in float32, as much as "
-        f"a bf16 KV cache of {tokens:.0f} tokens. Our 130m needs less memory than its twin above "
-        f"{even['transformer']:,} tokens of context, and less than a twin with grouped heads above {even['grouped']:,}."
+        f"a bf16 KV cache of {tokens:.0f} tokens. Our 130m, with a ring of its last tokens, needs less memory than its "
+        f"twin above {even['transformer']:,} tokens of context, and less than a twin with grouped heads above "
+        f"{even['grouped']:,}."
     )
