@@ -188,7 +188,7 @@ def check_decoding(model: LanguageModel, length: int = 48, *, state_dtype: torch
 
     Raises:
         ArithmeticError: the difference is above the tolerance: TOLERANCE in float32, else 16 roundings of the narrowest
-            dtype, relative to the largest logit, and with more than 12 blocks as many more.
+            dtype, relative to the largest logit. Above 12 blocks, in proportion more.
     """
     ids = _ids(model, length)
     want = model(ids)[0]
