@@ -114,6 +114,8 @@ def show(console: Console, command: InfoCommand) -> Any:
     named = command.run in (*PRESETS, *NAMES) and not Path(command.run).exists()  # a folder may be called 5m
     if command.set and not named and (command.run or command.sizes or command.machine):
         raise ValueError("`set` changes a size or an architecture, such as hybrid: leave it out")
+    if command.vocab_size != InfoCommand.vocab_size and (command.run or command.machine) and not named:
+        raise ValueError("`vocab_size` is for a size or an architecture, such as hybrid: leave it out")
     if command.sizes:
         console.print(sizes(command.vocab_size))
     elif command.machine:

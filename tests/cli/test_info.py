@@ -39,6 +39,7 @@ def test_every_model_that_has_a_name(capsys):
         (["hybrid", "--sizes"], "--sizes lists those of RetNets: leave out hybrid"),
         (["novels", "--set", "heads=2"], "--set changes a size or an architecture, such as hybrid: leave it out"),
         (["--sizes", "--set", "heads=2"], "--set changes a size or an architecture, such as hybrid: leave it out"),
+        (["novels", "--vocab-size", "9"], "--vocab-size is for a size or an architecture, such as hybrid"),
         (["5m", "--set", "head=2"], "--set head=2: unknown field 'head': did you mean heads?"),
         (["hybrid", "--set", "attention=[9]"], "attention names block 9"),
         (["--set", "heads=2"], "info needs a run, a model folder, a size"),
