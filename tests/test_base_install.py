@@ -23,6 +23,7 @@ def fresh(code: str):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_operator_needs_torch_and_numpy_alone():
     code = """
 import json, sys
@@ -100,6 +101,7 @@ except ImportError as error:
     assert fresh(code) == "transformers is missing: pip install 'retentive[hf]'"
 
 
+@pytest.mark.slow
 def test_an_old_transformers_is_named():
     code = """
 import json, transformers

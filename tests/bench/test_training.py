@@ -64,6 +64,7 @@ def test_recomputed_activations_change_no_step(name, same):
     same(list(trainers[0].model.parameters()), list(trainers[1].model.parameters()), 1e-6)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_step_in_a_process_of_its_own(monkeypatch):
     """At least weights, gradients and AdamW's two moments, and the residual stream of each block's two halves."""
     monkeypatch.undo()

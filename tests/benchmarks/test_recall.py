@@ -69,6 +69,7 @@ def measured(out, say=lambda line: None, **how):
     return recall.measure(Options(out=out, **how), say)
 
 
+@pytest.mark.slow
 def test_a_small_model_learns_two_pairs(tmp_path, lines, monkeypatch):
     """Two keys and eight values are learnt in 120 steps at one of two rates; a second call does not train again."""
     monkeypatch.setattr(recall, "KEYS", 2)

@@ -42,6 +42,7 @@ def test_decoding_counts_from_the_last_begin_to_the_first_end():
     bool(models.missing("native-int8", torch.device("cpu"))) or not find_spec("fastapi"),
     reason="needs the C engine and the extra serve",
 )
+@pytest.mark.slow
 def test_our_server_is_measured(sizes):
     names = ("native-w8a8", "llamacpp-q8_0")
     assert set(names) <= set(Options().models) <= set(models.NAMES)

@@ -51,6 +51,7 @@ def test_rounded_states_change_what_follows():
     assert off[0] > 0 and off[1] < 1e-3 * whole.norm()  # rounded after the last token alone, nothing has followed yet
 
 
+@pytest.mark.slow
 def test_rows_are_of_held_out_text(folders, refuses, tmp_path):
     run, data = folders
     result = measure(Options(models=(str(run),), data=data, texts=1, length=256, every=(1, 16)))

@@ -133,6 +133,7 @@ def test_what_is_done_is_not_done_again_and_more_can_be_asked(place, capsys):
     assert Path("cmp/retnet_1m_lr0.002_seed0/compared.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_runs_of_an_earlier_result_are_not_done_again(place, capsys, refuses):
     """Wherever their folders are: the file is enough, and one that is of another comparison is refused."""
     main([*ARGS, "--seeds", "0", "--json", "first.json"])

@@ -34,7 +34,9 @@ def test_bytes_on_standard_input_are_refused(errors, monkeypatch, refuses):
         prompt_text("a\udcff")
 
 
-@pytest.mark.parametrize("way", ["piped", "by position", "from a file"])
+@pytest.mark.parametrize(
+    "way", ["piped", *(pytest.param(way, marks=pytest.mark.slow) for way in ("by position", "from a file"))]
+)
 def test_a_prompt_without_its_option(way, tmp_path):
     argv = [sys.executable, "-m", "retentive", "generate", "novels", "--max-tokens", "2", "--temperature", "0"]
     (tmp_path / "prompt").write_text("The old house")

@@ -47,6 +47,7 @@ def check(notebook) -> None:
     assert abs(retnet - twin) < 0.01 * twin
 
 
+@pytest.mark.slow
 def test_every_cell_runs(notebook, tmp_path):
     nbclient = pytest.importorskip("nbclient", reason="notebooks are run by pip install nbclient ipykernel")
     for name in ("ipykernel", "matplotlib", "pandas"):

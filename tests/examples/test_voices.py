@@ -31,6 +31,7 @@ def said(folder: Path, *args: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, FILE, *args], cwd=folder, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_each_word_in_each_voice(tmp_path):
     soundfile = pytest.importorskip("soundfile", reason="sound needs pip install 'retentive[multimodal]'")
     pytest.importorskip("soxr", reason="sound needs pip install 'retentive[multimodal]'")

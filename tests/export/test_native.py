@@ -72,7 +72,10 @@ def test_the_folder_is_built_and_writes_what_the_model_writes(place, capsys):
 
 @needs_compiler
 @needs_cmake
-@pytest.mark.parametrize("kind", ["twin", "hybrid, window", "hybrid, window, convolution"])
+@pytest.mark.parametrize(
+    "kind",
+    [*(pytest.param(k, marks=pytest.mark.slow) for k in ("twin", "hybrid, window")), "hybrid, window, convolution"],
+)
 def test_every_kind_of_block_is_exported_and_written_with(kind, place, capsys):
     """Through a state in a file, which the program goes on from."""
     model = peaked_model(ATTENDING[kind])
@@ -175,6 +178,7 @@ ANDROID = PHONE / "android/app/src/main"
 @needs_compiler
 @needs_cmake
 @pytest.mark.skipif(not shutil.which("javac"), reason="needs a JDK")
+@pytest.mark.slow
 def test_the_android_app_but_for_its_screen_by_a_jdk(place, capsys, monkeypatch):
     """RetNet.java and glue.c, built as the app builds them, but for this machine."""
     main(["export", "run", "--to", "native", "--out", "made"])

@@ -116,6 +116,7 @@ def flat(cache) -> list:
     return [one for memory in cache for one in getattr(memory, "caches", [memory])]
 
 
+@pytest.mark.slow
 @models
 def test_a_batch_of_prompts_is_each_of_them(kind, tmp_path):
     """All at once; and in batches of two, which they enter and leave at different tokens."""
@@ -154,6 +155,7 @@ def test_a_saved_prompt_cache_goes_on(kind, tmp_path):
     close(found, logits_of(model, ids)[:, 40:])
 
 
+@pytest.mark.slow
 def test_forget_gates_are_exact_over_long_texts():
     """Gates that forget half at every token: their sum over the text is -2,800, where float32 has steps of 2e-4."""
     model = peaked_model(transformer(**TINY, forget_gate=True))

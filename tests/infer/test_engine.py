@@ -47,8 +47,9 @@ def one_by_one(model, todo) -> list[list[int]]:
     return [[t.id for t in generate(model, ids, params, max_tokens=n)] for ids, params, n in todo]
 
 
-def test_requests_that_join_and_leave_at_random_get_their_own_tokens(model):
-    todo = requests(36)
+@pytest.mark.parametrize("count", [18, pytest.param(36, marks=pytest.mark.slow)])
+def test_requests_that_join_and_leave_at_random_get_their_own_tokens(count, model):
+    todo = requests(count)
     want = one_by_one(model, todo)
     for cache in (None, PrefixCache(1 << 20, every=16)):
         rng = random.Random(1)
@@ -63,7 +64,7 @@ def test_requests_that_join_and_leave_at_random_get_their_own_tokens(model):
         assert {s.reason for s in streams} == {"length"}
         assert engine.taken == 0
         if cache is not None:
-            assert cache.hits > 5 and cache.nbytes <= 1 << 20
+            assert cache.hits >= count // 9 and cache.nbytes <= 1 << 20
             assert sum(s.cached for s in streams) == engine.counts["cached_tokens"] > 0
 
 

@@ -105,6 +105,7 @@ def test_prefill_in_chunks_of_any_size(name, chunk, same):
     same(model(next_, state)[0], model(next_, end)[0], 1e-12)
 
 
+@pytest.mark.slow
 def test_memory_is_flat_for_retnet_and_windows_and_grows_for_the_twin(monkeypatch):
     def sizes(name) -> list[int]:
         model, held = make(name, torch.float32), []

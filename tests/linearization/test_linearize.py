@@ -213,6 +213,7 @@ def test_training_from_a_teacher_refuses(options, error, place):
     assert not Path("run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_anew_leaves_nothing_of_the_earlier_one(place, monkeypatch):
     """It is stopped in its first stage: the later stages of the earlier run must not be taken for its own."""
     linearize()

@@ -52,11 +52,11 @@ def test_stopped_and_called_again_it_writes_the_same(teacher, tmp_path):
     def stop(*now):
         raise Stop
 
-    number = write_chats(teacher, tmp_path / "whole.jsonl", 4000)
+    number = write_chats(teacher, tmp_path / "whole.jsonl", 2000)
     stops = 0
     for _ in range(100):
         try:
-            assert write_chats(teacher, tmp_path / "c.jsonl", 4000, progress=stop) == number
+            assert write_chats(teacher, tmp_path / "c.jsonl", 2000, progress=stop) == number
         except Stop:
             stops += 1
             assert not (tmp_path / "c.jsonl").exists()

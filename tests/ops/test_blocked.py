@@ -193,7 +193,7 @@ OPCHECK = {"rows": (2, 10, None), "ragged": (2, 13, None), "packed": (1, 13, [0,
 
 # opcheck reads .grad of tensors that are not leaves, and torch 2.15 warns about it
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("layout", ["contiguous", pytest.param("strided", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", OPCHECK)
 @pytest.mark.parametrize("decay", ["per-head", "per-token"])  # run_blocked expands a learned one before the op
 def test_opcheck(case, decay, layout):

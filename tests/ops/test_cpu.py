@@ -79,7 +79,7 @@ PAIRS = {"no-tiles": 1}
 """How each multiplies pairs: 0 not at all, 1 in vectors, 2 in tiles."""
 
 
-@pytest.fixture(params=["native", *PORTABLE])
+@pytest.fixture(params=["native", *(pytest.param(name, marks=pytest.mark.slow) for name in PORTABLE)])
 def library(request, monkeypatch, compiled):
     """Runs the test with this machine's library, and with those for other CPUs that this one can run."""
     name = request.param
@@ -598,7 +598,7 @@ OPCHECK = {"rows": (2, 40, None), "ragged": (2, 33, None), "packed": (1, 70, [0,
 
 # opcheck reads .grad of tensors that are not leaves, and torch 2.15 warns about it
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("layout", ["contiguous", pytest.param("strided", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", OPCHECK)
 @two_decays
 def test_opcheck(case, decay, layout):

@@ -14,6 +14,7 @@ from tests.pages import PHONE, Visit, expect
 
 GREEDY = {"temperature": 0, "max_tokens": 40}
 ENDLESS = {"temperature": 0, "max_tokens": 1_000_000}
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

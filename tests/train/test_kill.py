@@ -64,9 +64,8 @@ def stopped(packed):
         process.communicate()
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)], ids=["term", "usr1"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["term", "usr1"])
 def test_a_signal_saves_and_exits_well(number, packed, whole, tmp_path, stopped, same_end, capfd):
     out = tmp_path / "run"
     code, errors = stopped(out, number, 7)

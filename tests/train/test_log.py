@@ -138,6 +138,7 @@ def wandb(monkeypatch, tmp_path):
 
 
 @pytest.mark.filterwarnings("default")  # wandb's own
+@pytest.mark.slow
 def test_wandb_keeps_what_was_written(tmp_path, monkeypatch, wandb):
     """Offline: the records go into a file that `wandb sync` would upload."""
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -10,6 +10,7 @@ from benchmarks.lab.roofline import Work
 WORK = Work(1, 2, 16, 32, 64)
 
 
+@pytest.mark.slow
 def test_memory_of_a_process_of_its_own():
     """Outputs and gradients must fit into it, and ours needs hardly more."""
     work = Work(1, 4, 64, 128, 4096)
@@ -18,6 +19,7 @@ def test_memory_of_a_process_of_its_own():
     assert 0.95 * work.qkvo_bytes < result["peak_bytes"] < 5 * work.qkvo_bytes
 
 
+@pytest.mark.slow
 def test_a_pass_that_needs_more_than_there_is_says_so():
     """2 TB of inputs."""
     assert isolated.in_own_process("sdpa", Work(1, 8, 64, 128, 1 << 30)) == {"skipped": isolated.NO_MEMORY}
