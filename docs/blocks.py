@@ -15,7 +15,7 @@ from retentive.models import cost, retnet, twin
 
 ROOT = Path(__file__).resolve().parents[1]
 EPYC, XEON, ZEN4 = "epyc-zen5-2core_202611", "xeon-amx-2core_202611", "epyc-zen4-2core_202611"
-LATER = "xeon-amx-2core_202612"
+LATER, ZEN4_LATER = "xeon-amx-2core_202612", "epyc-zen4-2core_202612"
 SEEDS = ("", "-seed1")
 """Endings of the models' names in files of two seeds."""
 SPEAKERS = {

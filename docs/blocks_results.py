@@ -10,6 +10,7 @@ from blocks import (
     NATIVE,
     XEON,
     ZEN4,
+    ZEN4_LATER,
     best,
     file,
     millions,
@@ -241,6 +242,26 @@ def muon() -> str:
         cells = [f"{r['bits_per_byte']:.3f} | {r['lr']:g}" for r in (ours, theirs)]
         lines.append(" | ".join([text, *cells, f"{gain:+.3f}"]))
     return table(" | AdamW | learning rate | Muon | learning rate | difference", *lines)
+
+
+def muon_hybrid() -> str:
+    """Bits per byte of the hybrid and its twins with AdamW and with Muon, on each text."""
+    found = {text: best(f"compare-hybrid-muon-{text}", ZEN4_LATER) for text in TEXTS}
+    names = {"hybrid": KINDS["hybrid"], "transformer-qk-norm-forget": "twin with QK-norm and a forget gate"}
+    names["transformer-qk-norm-forget-convolution"] = "the same with short convolutions"
+
+    def cell(r: dict[str, Any] | None) -> str:
+        if not r:
+            return "–"
+        apart = f" ({r['difference']:+.3f} ± {r['difference_half_width']:.3f})" if "difference_half_width" in r else ""
+        return f"{r['bits_per_byte']:.3f}{apart}"
+
+    lines = []
+    for name, title in names.items():
+        for end, optimizer in (("", "AdamW"), ("+muon", "Muon")):
+            cells = [cell(rows.get(("1m", name + end))) for rows in found.values()]
+            lines.append(" | ".join([title, optimizer, *cells]))
+    return table(f"1.6 M parameters, bits per byte | optimiser | {' | '.join(TEXTS.values())}", *lines)
 
 
 def recall() -> str:
