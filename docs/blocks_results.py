@@ -245,22 +245,19 @@ def muon() -> str:
 
 
 def muon_hybrid() -> str:
-    """Bits per byte of the hybrid and its twins with AdamW and with Muon, on each text."""
+    """Bits per byte of the hybrid and its twins with AdamW and with Muon, and what the hybrid gains, on each text."""
     found = {text: best(f"compare-hybrid-muon-{text}", ZEN4_LATER) for text in TEXTS}
     names = {"hybrid": KINDS["hybrid"], "transformer-qk-norm-forget": "twin with QK-norm and a forget gate"}
     names["transformer-qk-norm-forget-convolution"] = "the same with short convolutions"
 
-    def cell(r: dict[str, Any] | None) -> str:
-        if not r:
-            return "–"
-        apart = f" ({r['difference']:+.3f} ± {r['difference_half_width']:.3f})" if "difference_half_width" in r else ""
-        return f"{r['bits_per_byte']:.3f}{apart}"
-
     lines = []
     for name, title in names.items():
         for end, optimizer in (("", "AdamW"), ("+muon", "Muon")):
-            cells = [cell(rows.get(("1m", name + end))) for rows in found.values()]
-            lines.append(" | ".join([title, optimizer, *cells]))
+            rows = [of_text.get(("1m", name + end)) for of_text in found.values()]
+            lines.append(" | ".join([title, optimizer, *(f"{r['bits_per_byte']:.3f}" if r else "–" for r in rows)]))
+    gains = [rows["1m", "hybrid+muon"] for rows in found.values()]
+    cells = [f"{r['difference']:+.3f} ± {r['difference_half_width']:.3f}" for r in gains]
+    lines.insert(2, " | ".join(["difference, seed by seed", "", *cells]))
     return table(f"1.6 M parameters, bits per byte | optimiser | {' | '.join(TEXTS.values())}", *lines)
 
 

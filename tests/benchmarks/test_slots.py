@@ -38,11 +38,11 @@ def test_decoding_counts_from_the_last_begin_to_the_first_end():
     assert times([[1.0, 2.0], [3.0, 4.0]], 2)["decoding"] == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     bool(models.missing("native-int8", torch.device("cpu"))) or not find_spec("fastapi"),
     reason="needs the C engine and the extra serve",
 )
-@pytest.mark.slow
 def test_our_server_is_measured(sizes):
     names = ("native-w8a8", "llamacpp-q8_0")
     assert set(names) <= set(Options().models) <= set(models.NAMES)

@@ -175,10 +175,10 @@ PHONE = Path(__file__).parents[2] / "examples" / "phone"
 ANDROID = PHONE / "android/app/src/main"
 
 
+@pytest.mark.slow
 @needs_compiler
 @needs_cmake
 @pytest.mark.skipif(not shutil.which("javac"), reason="needs a JDK")
-@pytest.mark.slow
 def test_the_android_app_but_for_its_screen_by_a_jdk(place, capsys, monkeypatch):
     """RetNet.java and glue.c, built as the app builds them, but for this machine."""
     main(["export", "run", "--to", "native", "--out", "made"])

@@ -151,8 +151,8 @@ def folder_of(name, path, tokenizer):
     return load(path)[0]
 
 
-@pytest.mark.parametrize("target", ["native", pytest.param("aarch64", marks=pytest.mark.slow)])
 @pytest.mark.slow
+@pytest.mark.parametrize("target", ["native", "aarch64"])
 def test_threads_that_meet_when_it_is_least_convenient_go_on(target, programs):
     done = subprocess.run(programs(target, (HERE / "pool.c",)), capture_output=True, text=True, timeout=120)
     assert done.stdout == "400 20000\n"
@@ -405,8 +405,8 @@ def test_a_state_of_another_model_is_refused(programs, tmp_path):
     assert done.stdout.splitlines() == [f"{path} holds no state of one sequence of this model" for path in paths]
 
 
-@pytest.mark.skipif(not shutil.which("cmake"), reason="needs cmake")
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("cmake"), reason="needs cmake")
 def test_the_example_is_built_by_cmake_and_writes_what_torch_writes(tmp_path):
     from retentive.infer import SamplingParams
     from retentive.infer.generate import generate

@@ -137,8 +137,8 @@ def wandb(monkeypatch, tmp_path):
     library.teardown()
 
 
-@pytest.mark.filterwarnings("default")  # wandb's own
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # wandb's own
 def test_wandb_keeps_what_was_written(tmp_path, monkeypatch, wandb):
     """Offline: the records go into a file that `wandb sync` would upload."""
     monkeypatch.setenv("WANDB_MODE", "offline")

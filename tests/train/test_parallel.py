@@ -146,12 +146,12 @@ def window_job(data: str) -> Job:
 
 @pytest.fixture(scope="module")
 def more(packed, once) -> Path:
-    """Folder of more runs: compiled ones, and those of four processes."""
+    """Folder of the slow runs: compiled ones, and those of four processes."""
     return once("more", lambda out: train_more(str(packed), out))
 
 
 def train_more(data: str, out: Path) -> None:
-    """Train these runs, and what they are compared with."""
+    """Train the slow runs, and what they are compared with."""
     out.mkdir()
     compiled = Job("compiled", data, compile=True, **WIDE)
     larger: dict[Job, tuple[str, ...]] = {Job(m, data, model=m, length=63): ("fsdp2-cp2",) for m in MODELS}
@@ -169,7 +169,6 @@ def divided(job: Job, mesh: str) -> Job:
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.slow
 def test_two_processes_train_as_one(mesh, runs):
     same(runs / "retnet", runs / f"retnet-{mesh}", FLOAT32)
     assert len(losses(runs / "retnet")) == 20 and losses(runs / "retnet")[-1] < losses(runs / "retnet")[0] - 1
@@ -177,7 +176,6 @@ def test_two_processes_train_as_one(mesh, runs):
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.slow
 def test_two_processes_train_as_one_in_float64(model, mesh, runs):
     same(runs / f"{model}-wide", runs / f"{model}-wide-{mesh}", 1e-12)
     same_weights(runs / f"{model}-wide", runs / f"{model}-wide-{mesh}")
@@ -216,7 +214,6 @@ OTHERS += ["convolution-cp2", "convolution-tp2", "convolution-fsdp2", "carry-con
 
 
 @pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.slow
 def test_what_is_carried_the_twin_one_long_row_and_shared_heads(name, runs):
     """The long row recomputes blocks in the backward pass, so states are exchanged again."""
     one = runs / re.sub(r"(-(dp|fsdp|cp|tp)\d)+$", "", name)
@@ -225,7 +222,6 @@ def test_what_is_carried_the_twin_one_long_row_and_shared_heads(name, runs):
 
 
 @pytest.mark.parametrize("name", ["muon-dp2", "muon-fsdp2", "muon-cp2", "ema-fsdp2", "ema-tp2"])
-@pytest.mark.slow
 def test_muons_steps_and_averages_of_weights(name, runs):
     """Muon makes whole matrices orthogonal, in bfloat16, so all meshes round alike."""
     one = runs / name.split("-")[0]
@@ -235,7 +231,6 @@ def test_muons_steps_and_averages_of_weights(name, runs):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.slow
 def test_the_weights_before_the_first_step(mesh, runs):
     """Runs that crashed before it left the file of one process, and nothing else."""
     one, other = ({f.name: f.read_bytes() for f in (runs / f"first{end}").iterdir()} for end in ("", f"-{mesh}"))
@@ -243,14 +238,12 @@ def test_the_weights_before_the_first_step(mesh, runs):
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("retnet", FLOAT32), ("carry", 1e-12), ("carry-window", 1e-12)])
-@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(name, tolerance, runs):
     """Two processes, one, and two with another mesh give the losses of an uninterrupted run."""
     same(runs / name, runs / f"{name}-resumed", tolerance)
     assert len(losses(runs / name)) == len(losses(runs / f"{name}-resumed"))
 
 
-@pytest.mark.slow
 def test_where_one_process_is_told_to_end_all_save_and_end(runs):
     same(runs / "retnet", runs / "retnet-told", FLOAT32)
     steps = [json.loads(line)["step"] for line in (runs / "retnet-told" / "metrics.jsonl").read_text().splitlines()]
@@ -258,7 +251,6 @@ def test_where_one_process_is_told_to_end_all_save_and_end(runs):
 
 
 @pytest.mark.parametrize("save", [False, True], ids=["at-once", "async"])
-@pytest.mark.slow
 def test_a_full_disk_of_one_process_costs_the_new_checkpoint_only(save, runs):
     """The first process names the rank, nothing half-written is left, and the run resumes from the one before."""
     said = (runs / f"retnet-full-{save}.error").read_text(encoding="utf-8")
@@ -276,7 +268,6 @@ def test_compiled_blocks_are_replicated_and_sharded(name, more):
     same_weights(more / "compiled", more / name)
 
 
-@pytest.mark.slow
 def test_a_shard_holds_half_of_parameters_gradients_and_moments(runs):
     whole, replica, shard = (int((runs / f"retnet{end}.bytes").read_text()) for end in ("", "-dp2", "-fsdp2"))
     # 4 x 4 bytes a parameter, and the 4 bytes of a count of steps for each
@@ -285,8 +276,9 @@ def test_a_shard_holds_half_of_parameters_gradients_and_moments(runs):
     assert shard < 0.51 * whole
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("folder", "count"), [("runs", 2), ("more", 4)], ids=["2", "4"])
+@pytest.mark.parametrize(
+    ("folder", "count"), [("runs", 2), pytest.param("more", 4, marks=pytest.mark.slow)], ids=["2", "4"]
+)
 def test_a_prompt_in_pieces_is_the_prompt(folder, count, request):
     """Rounds of 5 tokens a process, from an earlier state, and with fewer tokens than processes."""
     for rank in range(count):
@@ -295,7 +287,6 @@ def test_a_prompt_in_pieces_is_the_prompt(folder, count, request):
         assert len(found) == 9 and all(x < 1e-12 for x in found.values()), found  # float64's rounding of sums in pieces
 
 
-@pytest.mark.slow
 def test_processes_agree_or_fail_together(runs):
     first, second = (json.loads((runs / f"agree.{rank}").read_text(encoding="utf-8")) for rank in (0, 1))
     assert first["fails on -1"] == second["fails on -1"] == "went on"
@@ -311,7 +302,6 @@ def test_processes_agree_or_fail_together(runs):
 
 
 @pytest.mark.parametrize("name", ["bf16-fsdp2", "bf16-cp2", "bf16-tp2", "bf16-window-cp2"])
-@pytest.mark.slow
 def test_bfloat16_differs_by_its_rounding(name, runs):
     """Products of 8 bits, summed in another order: steps of 2^-8 in single numbers, some 1e-4 in a mean of 250."""
     one, other = losses(runs / name.rpartition("-")[0]), losses(runs / name)
