@@ -247,7 +247,8 @@ def muon() -> str:
 def muon_hybrid() -> str:
     """Bits per byte of the hybrid and its twins with AdamW and with Muon, and what the hybrid gains, on each text."""
     found = {text: best(f"compare-hybrid-muon-{text}", ZEN4_LATER) for text in TEXTS}
-    names = {"hybrid": KINDS["hybrid"], "transformer-qk-norm-forget": "twin with QK-norm and a forget gate"}
+    names = {"hybrid": KINDS["hybrid"], "hybrid-first": "hybrid, attention in the first block alone"}
+    names["transformer-qk-norm-forget"] = "twin with QK-norm and a forget gate"
     names["transformer-qk-norm-forget-convolution"] = "the same with short convolutions"
 
     lines = []
