@@ -269,6 +269,11 @@ class RetentiveCache(Cache):
         if any(layer.record_past for layer in self.layers):
             self.recorded.append(valid)
 
+    def activate_past_recording(self, **kwargs: Any) -> None:
+        """Lets `crop` take back every token from here on, however many `recurrent_states_to_keep` asks for."""
+        for layer in self.layers:
+            layer.activate_past_recording()
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
 
